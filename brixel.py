@@ -335,26 +335,29 @@ def from_transformers(tensors):
     return {k: v for k, v in out.items() if not k.startswith(("text_model.", "logit_"))}
 
 
-def load_weights(backbone, path):
-    """Load a file into a TimmBackbone, strictly. Raises: BrixelError that names the first difference.
+def load_strictly(module, tensors, path, what):
+    """module.load_state_dict.  Raises: BrixelError that names the first difference."""
+    want, have = ({k: tuple(v.shape) for k, v in state.items()} for state in (module.state_dict(), tensors))
+    for key in (have | want):
+        if have.get(key) != want.get(key):
+            raise BrixelError(f"{path} does not fit {what}: {key} is {have.get(key, 'missing')} in the file, "
+                              f"{want.get(key, 'unknown')} in the model")
+    module.load_state_dict(tensors)
 
-    timm's checkpoint_filter_fn knows the names of Meta, timm and open_clip; heads that we do not use are dropped.
-    """
+
+def load_weights(backbone, path):
+    """Load a file into a TimmBackbone; timm's checkpoint_filter_fn knows the names of Meta, timm and open_clip."""
     model, tensors = backbone.model, from_transformers(read_tensors(path)[0])
-    want = {k: list(v.shape) for k, v in model.state_dict().items()}
     patch = "patch_embed.proj.weight"              # compared first: timm would resample another patch size in silence
-    have = {patch: next((list(v.shape) for k, v in tensors.items() if k.endswith((patch, "conv1.weight"))), None)}
-    if have[patch] == want[patch]:
+    patches = {patch: v for k, v in tensors.items() if k.endswith((patch, "conv1.weight"))}
+    if patch in patches and patches[patch].shape == model.state_dict()[patch].shape:
         tensors = sys.modules[type(model).__module__].checkpoint_filter_fn(tensors, model)
         if "norm.weight" not in tensors:
             tensors = {k.replace("fc_norm.", "norm."): v for k, v in tensors.items()}     # as in TimmBackbone
         tensors = {k: v for k, v in tensors.items() if not k.startswith(("head.", "attn_pool.", "fc_norm."))}
-        have = {k: list(v.shape) for k, v in tensors.items()}
-    wrong = next((k for k in [patch, *sorted(want | have)] if want.get(k) != have.get(k)), None)
-    if wrong:
-        raise BrixelError(f"{path} does not fit backbone {backbone.name}: {wrong} is {have.get(wrong) or 'missing'} in "
-                         f"the file, {want.get(wrong) or 'unknown'} in the model")
-    model.load_state_dict(tensors)
+    else:
+        tensors = patches
+    load_strictly(model, tensors, path, f"backbone {backbone.name}")
 
 
 def cache_dir():
@@ -685,8 +688,8 @@ class Brixel(nn.Module):
         """
         from torchvision.transforms.functional import pil_to_tensor
 
-        zoom = (size or min(image.size)) / min(image.size)
-        W, H = (max(-(-32 // p), round(side * zoom / p)) * p for side in image.size for p in [self.settings["patch_size"]])
+        zoom, p = (size or min(image.size)) / min(image.size), self.settings["patch_size"]
+        W, H = (max(-(-32 // p), round(side * zoom / p)) * p for side in image.size)
         x = pil_to_tensor(image.convert("RGB").resize((W, H), 3))[None]                 # 3: bicubic
         return normalize(x.to(next(self.upsampler.parameters()).device), self.backbone)
 
@@ -733,7 +736,7 @@ RELEASED_DEAD = re.compile(r"adapter\.(spm\.(conv|fc)[34]|norm[234]|guide_proj|u
 
 
 def from_released(tensors):
-    """State dict of the authors' release -> (settings, state dict of Upsampler), widths read off the tensors."""
+    """State dict of the authors' release -> (settings, state dict of Upsampler)."""
     state = {}
     for key, value in tensors.items():
         if RELEASED_DEAD.match(key):
@@ -743,9 +746,7 @@ def from_released(tensors):
         if key == "adapter.level_embed":
             value = value[0]                                                            # strides 16 and 32 are dead
         state[key] = value[:, :, 0, 0] if value.shape[2:] == (1, 1) else value          # 1x1 convolutions are Linear here
-    width, embed_dim = state["head.align.weight"].shape
-    return {"embed_dim": embed_dim, "scale": 4, "width": width, "skip": "half",
-            "stem_width": len(state["adapter.prior.stem.0.weight"])}, state
+    return {"scale": 4, "skip": "half"}, state
 
 
 def load(path, backbone=None, weights=None):
@@ -770,21 +771,21 @@ def load(path, backbone=None, weights=None):
             raise BrixelError(f"{path} is a released checkpoint and does not name its backbone; "
                               "give one, e.g. --backbone dinov3_vitb16 (brixel.load(path, backbone=...))")
         settings, tensors = from_released(tensors)
+    try:
+        (width, embed_dim), scale, skip = tensors["head.align.weight"].shape, settings["scale"], settings["skip"]
+        stem_width = len(tensors["adapter.prior.stem.0.weight"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise BrixelError(f"{path} is not a whole BRIXEL checkpoint: {error} is missing or damaged") from None
     if not isinstance(backbone, nn.Module):
         backbone = load_backbone(backbone or settings["backbone"], weights or settings.get("weights", "pretrained"))
-    for key in ("embed_dim", "patch_size"):
-        if settings.get(key, getattr(backbone, key)) != getattr(backbone, key):
-            raise BrixelError(f"{path} was trained on a backbone with {key} {settings[key]}"
-                              f" ({settings.get('backbone', 'released')}), but {backbone.name} has {getattr(backbone, key)}")
-    model = Brixel(backbone, *(settings[key] for key in ("scale", "width", "skip", "stem_width")))
-    want = {key: tuple(value.shape) for key, value in model.upsampler.state_dict().items()}
-    have = {key: tuple(value.shape) for key, value in tensors.items()}
-    wrong = [key for key in sorted(want | have) if want.get(key) != have.get(key)]
-    if wrong:
-        raise BrixelError(f"{path} does not fit: {wrong[0]} is {have.get(wrong[0], 'missing')} in the file, "
-                          f"{want.get(wrong[0], 'unknown')} in the model ({len(wrong)} such differences)")
-    model.upsampler.load_state_dict(tensors)
-    model.settings.update(settings)
+    trained_for = {"embed_dim": embed_dim, "patch_size": settings.get("patch_size", backbone.patch_size)}
+    for key, value in trained_for.items():
+        if value != getattr(backbone, key):
+            raise BrixelError(f"{path} was trained for a backbone with {key} {value} ({settings.get('backbone', 'released')}), "
+                              f"but {backbone.name} has {getattr(backbone, key)} (--backbone)")
+    model = Brixel(backbone, scale, width, skip, stem_width)
+    load_strictly(model.upsampler, tensors, path, "BRIXEL's network")
+    model.settings = {**settings, **model.settings}
     return model.eval()
 
 
@@ -797,24 +798,18 @@ def l1_loss(student, teacher):
     return F.l1_loss(student.float(), teacher.float())
 
 
-def global_sum(x):
-    """Sum of `x` over all processes; `x` itself when there is one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(x)
-    return x
-
-
 @torch.no_grad()
-def principal_components(teacher, k=8):
-    """The k directions of highest variance of the teacher's tokens, over the batches of all processes: P of Eq. 2.
+def principal_components(teacher, k=8, total=lambda x: x):
+    """The k directions of highest variance of the teacher's tokens: P of Eq. 2.
 
-    teacher: (B, C, H, W), or a list of such (the micro-batches of one step).   Returns: (C, k) float32, orthonormal.
+    teacher: (B, C, H, W), or a list of such (the micro-batches of one step).   total: sums a tensor over all processes, for
+    the components of the global batch.   Returns: (C, k) float32, orthonormal.
     """
     maps = [teacher] if torch.is_tensor(teacher) else teacher
     tokens = torch.cat([t.detach().float().flatten(2).transpose(1, 2).flatten(0, 1) for t in maps])      # (N, C)
-    count = global_sum(tokens.new_tensor(len(tokens)))
-    tokens = tokens - global_sum(tokens.sum(0)) / count
-    covariance = global_sum(tokens.T @ tokens) / count                                                     # (C, C)
+    count = total(tokens.new_tensor(len(tokens)))
+    tokens = tokens - total(tokens.sum(0)) / count
+    covariance = total(tokens.T @ tokens) / count                                                     # (C, C)
     # nan_to_num: a non-finite teacher shall show as a non-finite loss, not as an exception out of eigh
     return torch.linalg.eigh(covariance.nan_to_num(0, 0, 0)).eigenvectors[:, -k:].flip(1)
 
@@ -1126,7 +1121,7 @@ def train(cfg):
     progress = tqdm(initial=start, total=cfg.max_steps, unit="step", disable=not main, dynamic_ncols=True)
     for step in range(start, cfg.max_steps):
         micro = [frozen(next(batches)) for _ in range(cfg.grad_accum)]
-        components = principal_components([teacher for *_, teacher in micro], cfg.k)
+        components = principal_components([teacher for *_, teacher in micro], cfg.k, accelerator.reduce)
         values = 0
         for i, (small, layers, teacher) in enumerate(micro):
             with accelerator.no_sync(upsampler) if i + 1 < cfg.grad_accum else contextlib.nullcontext():

@@ -357,8 +357,8 @@ def test_code_in_a_pickle_is_not_run(tmp_path):
 
 @pytest.mark.parametrize("options, problem", [
     ({"depth": 4}, r"blocks\.4.*unknown"), ({"depth": 6}, r"blocks\.5.*missing"),
-    ({"embed_dim": 96, "num_heads": 3}, r"patch_embed.* is \[64, 3, 16, 16\] in the file, \[96, 3"),
-    ({"patch_size": 14}, r"patch_embed.*16, 16\].*14, 14\]"), ({"mlp_ratio": 4.0}, r"blocks\.0\.mlp\.fc1")])
+    ({"embed_dim": 96, "num_heads": 3}, r"patch_embed.* is \(64, 3, 16, 16\) in the file, \(96, 3"),
+    ({"patch_size": 14}, r"patch_embed.*16, 16\).*14, 14\)"), ({"mlp_ratio": 4.0}, r"blocks\.0\.mlp\.fc1")])
 def test_file_of_another_architecture_is_said(options, problem):
     backbone = tiny_dinov3("dinov3_vitb16", **({"depth": 5} | options))
     before = backbone.model.norm.weight.clone()

@@ -45,7 +45,7 @@ def toy():
 @pytest.mark.parametrize("size", ["64x64", "48x80"])
 def test_network_agrees_with_the_released_one(size):
     settings, state = brixel.from_released(tensors("tiny_brixel_weights"))
-    upsampler = brixel.Upsampler(**settings).eval()
+    upsampler = brixel.Upsampler(64, **settings, stem_width=8).eval()
     upsampler.load_state_dict(state)
     io = tensors(f"tiny_io_{size}")
     h, w = (side // 16 for side in io["image"].shape[2:])
