@@ -271,3 +271,36 @@ def test_hann_window_and_dc_by_hand():
     # a constant map keeps all its energy in the innermost ring
     spectrum = brixel.ring_spectrum(torch.ones(1, 3, 16, 16), 8)[0]
     assert spectrum.argmax() == 0 and spectrum[1:].sum() < 0.05 * spectrum[0]
+
+
+# --- export and sharing
+
+def test_onnx_agrees_with_pytorch_for_any_batch(tmp_path, size=(48, 80)):
+    import onnxruntime
+
+    torch.manual_seed(0)
+    model = brixel.Brixel(brixel.load_backbone("timm:test_vit", None))
+    model.export_onnx(tmp_path / "brixel.onnx", size)
+    session = onnxruntime.InferenceSession(tmp_path / "brixel.onnx")
+    for batch in (1, 3):
+        x = torch.randn(batch, 3, *size)
+        with torch.no_grad():
+            want = model(x)
+        got = torch.from_numpy(session.run(None, {"image": x.numpy()})[0])
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+
+
+def test_pushed_model_is_read_back_from_its_folder(tmp_path, monkeypatch):
+    """The Hub is played by a local folder: what push_to_hub uploads is what load reads."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, repo_id, **options: None)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder",
+                        lambda self, repo_id, folder_path: shutil.copytree(folder_path, tmp_path / repo_id))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo_id, name: str(tmp_path / repo_id / name))
+    monkeypatch.setattr(brixel, "download", lambda name, page, load: load())
+    model = brixel.Brixel(brixel.load_backbone("timm:test_vit", None)).eval()
+    model.push_to_hub("me/features")
+    x = torch.randn(1, 3, 48, 48)
+    for place in ("me/features", tmp_path / "me" / "features"):
+        assert torch.equal(brixel.load(place, backbone=model.backbone)(x), model(x))
