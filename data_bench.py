@@ -1,7 +1,5 @@
 import json
-import os
 import random
-import struct
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +8,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
+
+from brixel import BrixelError
+from data import UNREADABLE
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Benchmarks: what the four readers share
@@ -26,29 +27,28 @@ class Benchmark(Dataset):
         split: "train" or "val".
         size: short side of the targets, pixels.
         patch_size: the image's sides are those of the targets, rounded to multiples of this (labels keep their size).
-        scale: if > 0, items also hold the photo at `scale` times the image's side (what the teacher sees).
+        scale: the image has `scale` times the side (the teacher's input); the targets stay.
         limit: if > 0, that many samples, evenly spaced over the split.
 
     Item: dict of tensors, H x W the image's size, h x w the targets':
-        image: (3, H, W) uint8, RGB.            large: (3, scale * H, scale * W) uint8, if scale > 0.
-        label: (h, w) uint8, class or IGNORE.   (ADE20K, Cityscapes)
-        depth: (1, h, w) float32, meters.       valid: (1, h, w) bool.           (NYU, NAVI)
-        normal: (3, h, w) float32, unit, x right, y down, z forward, pointing away from the camera.
-        normal_valid: (1, h, w) bool.           (NAVI)
-    Raises: FileNotFoundError for a missing root, folder or partner; ValueError from `refuse` for files that cannot be used.
+        image: (3, H, W) uint8, RGB.
+        label: (h, w) uint8, class or IGNORE.                                          (ADE20K, Cityscapes)
+        depth: (1, h, w) float32, meters; valid: (1, h, w) bool.                       (NYU, NAVI)
+        normal: (3, h, w) float32, unit, x right, y down, z forward, away from the camera; normal_valid: (1, h, w) bool. (NAVI)
+    Raises: BrixelError for a missing root, folder or partner, and, from `refuse`, for files that cannot be used.
     """
     tree = ""                           # the expected folders, shown in every error
     square = False                      # centre square crop, or the whole frame
     resample = Image.Resampling.BILINEAR
 
-    def __init__(self, root, split, size, patch_size=1, scale=0, limit=0):
+    def __init__(self, root, split, size, patch_size=1, scale=1, limit=0):
         self.root, self.split, self.size = Path(root), split, size
         self.patch_size, self.scale = patch_size, scale
         if not root or not self.root.is_dir():
-            raise FileNotFoundError(f"no folder {str(root)!r}; set --data_dir to a folder with\n{self.tree}")
+            raise BrixelError(f"no folder {str(root)!r}; set --data_dir to a folder with\n{self.tree}")
         samples = self.find()
         if not samples:
-            raise FileNotFoundError(f"no {split} samples below {self.root.resolve()}; expected\n{self.tree}")
+            raise BrixelError(f"no {split} samples below {self.root.resolve()}; expected\n{self.tree}")
         keep = min(limit, len(samples)) or len(samples)
         self.samples = [samples[i * len(samples) // keep] for i in range(keep)]
 
@@ -59,23 +59,21 @@ class Benchmark(Dataset):
         image, maps = self.read(self.samples[index])
         box = center_box(image.size, self.square)
         (h, w), (H, W) = self.shapes(box)
-        item = {"image": resize_image(image, box, H, W, self.resample)}
-        if self.scale:
-            item["large"] = resize_image(image, box, self.scale * H, self.scale * W, self.resample)
-        return item | self.targets(maps, box, h, w)
+        photo = image.resize((W, H), self.resample, box=box)                          # antialiased
+        return {"image": torch.from_numpy(np.array(photo)).permute(2, 0, 1)} | self.targets(maps, box, h, w)
 
     def shapes(self, box):
         """((h, w) of the targets, (H, W) of the image) for a crop box of the photo."""
         width, height = box[2] - box[0], box[3] - box[1]
         h, w = (round(side * self.size / min(width, height)) for side in (height, width))
-        return (h, w), tuple(max(1, round(side / self.patch_size)) * self.patch_size for side in (h, w))
+        return (h, w), tuple(max(1, round(side / self.patch_size)) * self.patch_size * self.scale for side in (h, w))
 
     def partners(self, **kinds):
         """Samples {kind: file} in the order of their keys, from one {key: file} per kind; all must have the same keys."""
         keys = sorted(set().union(*kinds.values()))
         missing = [f"{kind} of {'/'.join(key)}" for key in keys for kind, files in kinds.items() if key not in files]
         if missing:
-            raise FileNotFoundError(f"{len(missing)} files missing for {len(keys)} samples below {self.root.resolve()}, "
+            raise BrixelError(f"{len(missing)} files missing for {len(keys)} samples below {self.root.resolve()}, "
                                     f"first: {missing[0]}; expected\n{self.tree}")
         return [{kind: files[key] for kind, files in kinds.items()} for key in keys]
 
@@ -84,13 +82,13 @@ class Benchmark(Dataset):
         def size_or_reason(index):
             try:
                 return self.read(self.samples[index])[0].size
-            except ValueError as error:
+            except BrixelError as error:
                 return str(error)
         with ThreadPoolExecutor() as pool:
             yield from pool.map(size_or_reason, indices)
 
     def refuse(self, results):
-        """Raise one ValueError for all samples that `scan` could not use, or whose frames differ in size."""
+        """Raise one BrixelError for all samples that `scan` could not use, or whose frames differ in size."""
         sizes = Counter(result for result in results if not isinstance(result, str))
         bad = [result for result in results if isinstance(result, str)]
         if not self.square and len(sizes) > 1:
@@ -98,7 +96,7 @@ class Benchmark(Dataset):
             bad += [f"a frame of {size[0]}x{size[1]} where most are {usual[0]}x{usual[1]}"
                     for size in sizes.elements() if size != usual]
         if bad:
-            raise ValueError(f"{len(bad)} of {len(results)} {self.split} samples below {self.root.resolve()} cannot be "
+            raise BrixelError(f"{len(bad)} of {len(results)} {self.split} samples below {self.root.resolve()} cannot be "
                              f"used, first: {bad[0]}; expected\n{self.tree}")
 
 
@@ -110,11 +108,6 @@ def center_box(size, square):
     return left, top, width - left, height - top
 
 
-def resize_image(image, box, height, width, resample):
-    """(3, height, width) uint8 of the PIL image's `box`, antialiased."""
-    return torch.from_numpy(np.array(image.resize((width, height), resample, box=box))).permute(2, 0, 1)
-
-
 def resize_nearest(array, box, height, width):
     """(height, width) of the array's `box`, nearest neighbor: labels and depth must not be mixed."""
     rows = (box[1] + (np.arange(height) + 0.5) * (box[3] - box[1]) / height).astype(int)
@@ -123,18 +116,18 @@ def resize_nearest(array, box, height, width):
 
 
 def open_image(path):
-    """The decoded PIL image.  Raises: ValueError naming the file if it is truncated or no image."""
+    """The decoded PIL image.  Raises: BrixelError naming the file if it is truncated or no image."""
     try:
         image = Image.open(path)
         image.load()
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:   # what Pillow's decoders raise
-        raise ValueError(f"{path} is truncated or no image ({error})") from None
+    except UNREADABLE as error:
+        raise BrixelError(f"{path} is truncated or no image ({error})") from None
     return image
 
 
 def expect(true, sentence):
     if not true:
-        raise ValueError(sentence)
+        raise BrixelError(sentence)
 
 
 def expect_same_size(path, shape, image):
@@ -180,7 +173,7 @@ class Cityscapes(Benchmark):
     """Cityscapes, fine annotations: 34 label ids on disk, of which 19 are evaluated."""
     tree = """  leftImg8bit/{train,val}/CITY/*_leftImg8bit.png       (or leftImg8bit_trainvaltest/leftImg8bit/...)
   gtFine/{train,val}/CITY/*_gtFine_labelIds.png        (or gtFine_trainvaltest/gtFine/...; ids 0..33)"""
-    evaluated = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]    # id of class 0, 1, ...
+    evaluated = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)    # id of class 0, 1, ...
 
     def find(self):
         return self.partners(image=self.files("leftImg8bit", "_leftImg8bit.png"),
@@ -198,7 +191,7 @@ class Cityscapes(Benchmark):
 
     def targets(self, labels, box, h, w):
         class_of = np.full(34, IGNORE, np.uint8)
-        class_of[self.evaluated] = np.arange(19)
+        class_of[list(self.evaluated)] = np.arange(19)
         return {"label": torch.from_numpy(class_of[resize_nearest(labels, box, h, w)])}
 
 
@@ -244,7 +237,7 @@ or
 
         splits = self.root / "splits.mat"
         if not splits.is_file():
-            raise FileNotFoundError(f"{splits} is missing; expected\n{self.tree}")
+            raise BrixelError(f"{splits} is missing; expected\n{self.tree}")
         key = {"train": "trainNdxs", "val": "testNdxs"}[self.split]
         try:
             if h5py.is_hdf5(splits):
@@ -256,7 +249,7 @@ or
             with h5py.File(mat) as file:
                 count = min(len(file["images"]), len(file["depths"]))
         except (OSError, KeyError, ValueError, TypeError) as error:
-            raise ValueError(f"{mat} or {splits} cannot be read ({error}); expected\n{self.tree}") from None
+            raise BrixelError(f"{mat} or {splits} cannot be read ({error}); expected\n{self.tree}") from None
         expect(numbers.min() >= 1 and numbers.max() <= count, f"{splits} names image {numbers.max()} of {count} in {mat}")
         return [(mat, int(number) - 1) for number in numbers]
 
@@ -284,7 +277,7 @@ or
             with h5py.File(path) as file:
                 pixels, depth = file["images"][index], file["depths"][index]      # (3, width, height), (width, height)
         except (OSError, KeyError) as error:
-            raise ValueError(f"{name} cannot be read ({error})") from None
+            raise BrixelError(f"{name} cannot be read ({error})") from None
         expect(pixels.shape == (3, *depth.shape), f"{name}: image {pixels.shape} and depth {depth.shape} do not agree")
         return np.ascontiguousarray(pixels.T), depth.T
 
@@ -335,7 +328,7 @@ class NAVI(Benchmark):
                     found[(*path.parts[-3:-1], Path(row["filename"]).stem)] = row
                     row["camera"]["focal_length"], row["image_size"], row["split"]
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path} is no list of NAVI annotations ({error!r}); expected\n{self.tree}") from None
+                raise BrixelError(f"{path} is no list of NAVI annotations ({error!r}); expected\n{self.tree}") from None
         return found
 
     def paper_split(self, samples):
