@@ -463,36 +463,43 @@ def deviations(task, cfg, backbone, n_images, enlarged):
     return notes
 
 
-def colors(name, value, classes, top):
-    """(h, w, 3) uint8 picture of one target: class colors, depth from 0 (yellow) to `top` (blue), normals as RGB."""
-    if name == "label":
-        palette = torch.tensor([colorsys.hsv_to_rgb(k * 0.618 % 1, 0.5 + k * 0.29 % 0.5, 0.6 + k * 0.37 % 0.4)
-                                for k in range(classes)] + [(0, 0, 0)] * (256 - classes))
-        return (palette[value.long().cpu()] * 255).byte().numpy()
-    if name == "normal":
-        shown = (1 - F.normalize(value, dim=0, eps=1e-6)) / 2
-        return (shown * 255).byte().permute(1, 2, 0).cpu().numpy()
-    near = (1 - value[0] / top).clamp(0, 1)
-    ramp = torch.stack([near, near**0.7 * 0.9, 0.5 - 0.4 * near], -1) * (value[0] > 0)[..., None]
-    return (ramp * 255).byte().cpu().numpy()
+def class_colors(label, classes):
+    """(h, w) class numbers -> (h, w, 3) uint8; IGNORE is black."""
+    palette = torch.tensor([colorsys.hsv_to_rgb(k * 0.618 % 1, 0.5 + k * 0.29 % 0.5, 0.6 + k * 0.37 % 0.4)
+                            for k in range(classes)] + [(0, 0, 0)] * (256 - classes))
+    return (palette[label.long().cpu()] * 255).byte().numpy()
+
+
+def depth_colors(depth, low, high):
+    """(1, h, w) -> (h, w, 3) uint8: `low` yellow, `high` dark blue, no depth black."""
+    near = (1 - (depth[0] - low) / (high - low)).clamp(0, 1)
+    colors = torch.stack([near, 0.1 + 0.8 * near, 0.5 - 0.3 * near], -1) * (depth[0] > 0)[..., None]
+    return (colors * 255).byte().cpu().numpy()
+
+
+def normal_colors(normal):
+    """(3, h, w) -> (h, w, 3) uint8, the usual colors: facing the camera is light blue, no normal gray."""
+    return ((1 - F.normalize(normal, dim=0)) * 127.5).byte().permute(1, 2, 0).cpu().numpy()
 
 
 @torch.no_grad()
 def pictures(task, probe, features, count=4):
-    """[{target or "image" or "true TARGET": (h, w, 3) uint8}, ...] of some validation images of the main process."""
+    """[{"image", TARGET, "true TARGET": (h, w, 3) uint8}, ...] of some validation images, which the main process holds."""
     n, world = len(features.dataset), features.acc.num_processes
     shown = sorted({i * n // count // world * world for i in range(count)})
     batch = next(features.batches(shown))
     outputs, panels = predict(probe, batch), []
     for k, index in enumerate(shown):
         panel = {"image": features.dataset[index]["image"].permute(1, 2, 0).numpy()}
-        for name in probe:
-            truth, output = batch[name][k], outputs[name][k]
-            top = batch["depth"][k][batch["valid"][k]].max().item() if name == "depth" and batch["valid"][k].any() else 1
-            if name != "label":
-                truth = truth * batch["valid" if name == "depth" else "normal_valid"][k]
-            panel[f"true {name}"] = colors(name, truth, task.classes, top)
-            panel[name] = colors(name, output.argmax(0) if name == "label" else output, task.classes, top)
+        if "label" in probe:
+            panel["label"] = class_colors(outputs["label"][k].argmax(0), task.classes)
+            panel["true label"] = class_colors(batch["label"][k], task.classes)
+        if "depth" in probe:
+            truth = batch["depth"][k] * batch["valid"][k]
+            low, high = truth[truth > 0].aminmax() if truth.any() else (MIN_DEPTH, MAX_DEPTH)
+            panel["depth"], panel["true depth"] = (depth_colors(x, low, high + 1e-6) for x in (outputs["depth"][k], truth))
+        if "normal" in probe:
+            panel["normal"], panel["true normal"] = normal_colors(outputs["normal"][k]), normal_colors(batch["normal"][k])
         panels.append(panel)
     return panels
 
@@ -517,11 +524,14 @@ def write_panel(path, titles, rows, side=320):
 
 
 def write_picture(path, task, shown):
-    """Photo | prediction of every row | ground truth, for the panels {row: from `pictures`}; one line per image and target."""
+    """Photo | prediction of every row | ground truth, from {row: its `pictures`}; a line per image."""
     first = next(iter(shown.values()))
-    rows = [[first[k]["image"], *(panels[k][name] for panels in shown.values()), first[k][f"true {name}"]]
-            for k in range(len(first)) for name in task.targets]
-    write_panel(path, ["image", *shown, "ground truth"], rows, side=256)
+    titles, rows = ["image"], [[panel["image"]] for panel in first]
+    for name in task.targets:
+        titles += [f"{row} {name}" for row in shown] + [f"true {name}"]
+        for k, row in enumerate(rows):
+            row += [panels[k][name] for panels in shown.values()] + [first[k][f"true {name}"]]
+    write_panel(path, titles, rows, side=220)
 
 
 def write_plot(path, task, records):
@@ -535,7 +545,9 @@ def write_plot(path, task, records):
         for row in dict.fromkeys(record["row"] for record in records):
             points = [(record[key], record[metric] * factor) for record in records if record["row"] == row]
             axis.plot(*zip(*points, strict=True), "o-", label=row)
-        axis.set(xlabel=label, xscale="log" if key != "size" else "linear")
+        axis.set_xlabel(label)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel(header)
     figure.axes[0].legend()

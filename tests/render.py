@@ -192,7 +192,7 @@ def write_navi(root, textures, splits, seed=3, height=480, width=640, objects=5,
     """wild_set (train and val images of `splits`) and, in half as many images, one multiview scene per object.
 
     Every second photo is stored turned, with EXIF orientation 6; depth, masks and image_size are upright, as in NAVI.
-    Returns: {(object, scene, name): (depth, normal, mask)}, float32, upright, full resolution.
+    Returns: {(object, scene, name): (image, depth, normal, mask)}, upright, full resolution.
     """
     rng, truth = np.random.default_rng(seed), {}
     marks = [split for split, count in splits.items() for _ in range(count)]
@@ -220,7 +220,7 @@ def write_navi_image(folder, name, split, textures, rng, height, width, truth):
     photo.save(folder / "images" / f"{name}.jpg", quality=95, exif=exif)
     Image.fromarray(code).save(folder / "depth" / f"{name}.png")
     Image.fromarray(mask.astype(np.uint8) * 255).save(folder / "masks" / f"{name}.png")
-    truth[(*folder.parts[-2:], name)] = depth, normal, mask
+    truth[(*folder.parts[-2:], name)] = image, depth, normal, mask
     camera = {"q": [1.0, 0.0, 0.0, 0.0], "t": [0.0, 0.0, 0.0], "focal_length": focal, "camera_model": "pixel_5"}
     return {"object_id": folder.parts[-2], "camera": camera, "filename": f"{name}.jpg", "image_size": [h, w],
             "scene_name": folder.name, "split": split, "occluded": False}
