@@ -426,7 +426,7 @@ def cost(model, image):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 7. Report: table, picture, plot
+# 7. Report: table, pictures, plot
 # ----------------------------------------------------------------------------------------------------------------------
 
 def table(task, records, backbone):
@@ -553,6 +553,27 @@ def write_plot(path, task, records):
     figure.axes[0].legend()
     with brixel.atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
+
+
+def pca_rgb(reference, *maps):
+    """Each (C, H, W) of `maps` as an (H', W', 3) uint8 picture, in the basis and range of the map `reference`.
+
+    The first three principal components become red, green, blue; 1st to 99th percentile of the reference 0 to 255.
+    """
+    basis = brixel.principal_components(reference[None], 3)
+    basis = basis * basis.sum(0).sign()                                                 # eigenvectors have no sign
+    colors = [torch.einsum("chw,ck->hwk", x.float(), basis) for x in (reference, *maps)]
+    low, high = (torch.quantile(colors[0].flatten(0, 1), q, dim=0) for q in (0.01, 0.99))
+    return [((c - low) / (high - low) * 255).clamp(0, 255).byte().cpu().numpy() for c in colors[1:]]
+
+
+@torch.no_grad()
+def feature_row(model, image):
+    """One row of out.png for `image` (1, 3, H, W) uint8: photo, low-resolution features, bilinear, BRIXEL, teacher."""
+    small, layers, teacher = brixel.frozen_pass(model.backbone, image, model.scale)
+    bilinear = F.interpolate(layers[-1], size=teacher.shape[2:], mode="bilinear")
+    maps = [layers[-1][0], bilinear[0], model.upsampler(small, layers)[0], teacher[0]]
+    return [image[0].permute(1, 2, 0).cpu().numpy(), *pca_rgb(teacher[0], *maps)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

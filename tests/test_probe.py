@@ -241,7 +241,10 @@ def benchmarks(tmp_path_factory):
 @pytest.fixture
 def run(benchmarks, capsys, monkeypatch):
     """Runs probe.main in the folder of the benchmarks.  -> (what it printed, the JSON object in the last line)."""
+    from accelerate.state import AcceleratorState
+
     def run(task, *flags):
+        AcceleratorState._reset_state(True)
         monkeypatch.chdir(benchmarks)
         probe.main(["--task", task, "--data_dir", task, *SMALL, *flags])
         printed = capsys.readouterr().out
