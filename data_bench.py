@@ -1,7 +1,7 @@
 import json
 import random
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,6 @@ from data import UNREADABLE
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Benchmarks: what the four readers share
-# ----------------------------------------------------------------------------------------------------------------------
 
 IGNORE = 255     # label of pixels that count nowhere
 
@@ -57,16 +56,11 @@ class Benchmark(Dataset):
 
     def __getitem__(self, index):
         image, maps = self.read(self.samples[index])
-        box = center_box(image.size, self.square)
-        (h, w), (H, W) = self.shapes(box)
+        left, top, right, bottom = box = center_box(image.size, self.square)
+        h, w = (round(side * self.size / min(right - left, bottom - top)) for side in (bottom - top, right - left))
+        H, W = (max(1, round(side / self.patch_size)) * self.patch_size * self.scale for side in (h, w))
         photo = image.resize((W, H), self.resample, box=box)                          # antialiased
         return {"image": torch.from_numpy(np.array(photo)).permute(2, 0, 1)} | self.targets(maps, box, h, w)
-
-    def shapes(self, box):
-        """((h, w) of the targets, (H, W) of the image) for a crop box of the photo."""
-        width, height = box[2] - box[0], box[3] - box[1]
-        h, w = (round(side * self.size / min(width, height)) for side in (height, width))
-        return (h, w), tuple(max(1, round(side / self.patch_size)) * self.patch_size * self.scale for side in (h, w))
 
     def partners(self, **kinds):
         """Samples {kind: file} in the order of their keys, from one {key: file} per kind; all must have the same keys."""
@@ -74,7 +68,7 @@ class Benchmark(Dataset):
         missing = [f"{kind} of {'/'.join(key)}" for key in keys for kind, files in kinds.items() if key not in files]
         if missing:
             raise BrixelError(f"{len(missing)} files missing for {len(keys)} samples below {self.root.resolve()}, "
-                                    f"first: {missing[0]}; expected\n{self.tree}")
+                              f"first: {missing[0]}; expected\n{self.tree}")
         return [{kind: files[key] for kind, files in kinds.items()} for key in keys]
 
     def scan(self, indices):
@@ -84,8 +78,8 @@ class Benchmark(Dataset):
                 return self.read(self.samples[index])[0].size
             except BrixelError as error:
                 return str(error)
-        with ThreadPoolExecutor() as pool:
-            yield from pool.map(size_or_reason, indices)
+        with ThreadPool() as pool:
+            yield from pool.imap(size_or_reason, indices)
 
     def refuse(self, results):
         """Raise one BrixelError for all samples that `scan` could not use, or whose frames differ in size."""
@@ -97,7 +91,7 @@ class Benchmark(Dataset):
                     for size in sizes.elements() if size != usual]
         if bad:
             raise BrixelError(f"{len(bad)} of {len(results)} {self.split} samples below {self.root.resolve()} cannot be "
-                             f"used, first: {bad[0]}; expected\n{self.tree}")
+                              f"used, first: {bad[0]}; expected\n{self.tree}")
 
 
 def center_box(size, square):
@@ -126,11 +120,13 @@ def open_image(path):
 
 
 def expect(true, sentence):
+    """Raise BrixelError with the sentence unless it is true."""
     if not true:
         raise BrixelError(sentence)
 
 
 def expect_same_size(path, shape, image):
+    """Raise BrixelError unless (height, width) is that of the photo."""
     expect(shape == image.size[::-1], f"{path} has {shape[1]}x{shape[0]} pixels, its photo {image.width}x{image.height}")
 
 
@@ -146,7 +142,6 @@ def read_labels(path, image, low, high):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # ADE20K and Cityscapes: semantic segmentation
-# ----------------------------------------------------------------------------------------------------------------------
 
 class ADE20K(Benchmark):
     """ADE20K (SceneParse150): 150 classes, label k on disk is class k - 1, label 0 is IGNORE."""
@@ -197,7 +192,6 @@ class Cityscapes(Benchmark):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # NYU and NAVI: depth and surface normals
-# ----------------------------------------------------------------------------------------------------------------------
 
 class NYU(Benchmark):
     """NYU Depth v2 (795 / 654 images): tanganke/nyuv2's parquet files, or the original .mat files.
@@ -224,10 +218,11 @@ or
         broken = []
         for path in files:
             try:
-                expect({"image", "depth"} <= set(read_schema(path).names), f"{path} has no columns image and depth")
+                expect({"image", "depth"} <= set(read_schema(path).names), "no columns image and depth")
             except (ValueError, OSError) as error:
-                broken.append(f"{path}: {error}")
-        expect(not broken, f"{len(broken)} of {len(files)} files cannot be read, first: {broken[:1]}; expected\n{self.tree}")
+                broken.append(f"{path} ({error})")
+        if broken:
+            raise BrixelError(f"{len(broken)} of {len(files)} files cannot be used, first: {broken[0]}; expected\n{self.tree}")
         self.table = Table.from_parquet([str(path) for path in files], columns=["image", "depth"]).with_format("numpy")
         return list(range(len(self.table)))
 

@@ -34,7 +34,6 @@ from data_bench import ADE20K, IGNORE, NAVI, NYU, Benchmark, Cityscapes
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Readouts
-# ----------------------------------------------------------------------------------------------------------------------
 
 MIN_DEPTH, MAX_DEPTH = 0.001, 10.0      # range of the depth head and of the depth metrics
 
@@ -103,7 +102,6 @@ class NormalHead(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Losses, as (sum, count): what several processes add up before they divide
-# ----------------------------------------------------------------------------------------------------------------------
 
 def cross_entropy(logits, label):
     """Sum over labeled pixels, and their number.  logits: (B, K, H, W); label: (B, H, W) uint8."""
@@ -129,7 +127,6 @@ def cosine_loss(pred, normal, valid):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. Metrics: sums over a split, divided once
-# ----------------------------------------------------------------------------------------------------------------------
 
 def confusion(logits, label):
     """(K, K) pixel counts, rows labels, columns predictions.  logits: (B, K, H, W); label: (B, H, W), IGNORE left out."""
@@ -201,7 +198,6 @@ def angle_metrics(sums):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. Tasks
-# ----------------------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Target:
@@ -265,7 +261,6 @@ TASKS = {
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. Frozen features
-# ----------------------------------------------------------------------------------------------------------------------
 
 def color_jitter(image, strengths, rng):
     """A (3, H, W) uint8 image with brightness, contrast, saturation and hue changed at random, in random order."""
@@ -340,7 +335,6 @@ class Features:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. Fit and evaluate: the same for all tasks
-# ----------------------------------------------------------------------------------------------------------------------
 
 def predict(probe, batch):
     """{target: (B, K, h, w) float32 at the targets' size}; the probe runs on the feature grid, before interpolation."""
@@ -427,7 +421,6 @@ def cost(model, image):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 7. Report: table, pictures, plot
-# ----------------------------------------------------------------------------------------------------------------------
 
 def table(task, records, backbone):
     """Lines of the table: one per record, then the paper's two for that backbone."""
@@ -486,7 +479,7 @@ def normal_colors(normal):
 def pictures(task, probe, features, count=4):
     """[{"image", TARGET, "true TARGET": (h, w, 3) uint8}, ...] of some validation images, which the main process holds."""
     n, world = len(features.dataset), features.acc.num_processes
-    shown = sorted({i * n // count // world * world for i in range(count)})
+    shown = sorted({i * n // count // world * world for i in range(count)})[:features.cfg.batch_size]
     batch = next(features.batches(shown))
     outputs, panels = predict(probe, batch), []
     for k, index in enumerate(shown):
@@ -578,7 +571,6 @@ def feature_row(model, image):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 8. Command line
-# ----------------------------------------------------------------------------------------------------------------------
 
 PROTOCOL = ("size", "epochs", "lr", "weight_decay", "batch_size", "hidden", "silog_beta", "color_jitter", "split", "limit")
 
@@ -633,6 +625,8 @@ def check_settings(cfg):
         raise brixel.BrixelError("color_jitter needs 4 numbers: brightness, contrast, saturation, hue (--color_jitter)")
     if cfg.mixed_precision not in ("auto", "no", "fp16", "bf16"):
         raise brixel.BrixelError(f"mixed_precision {cfg.mixed_precision!r} is not one of auto, no, fp16, bf16")
+    if cfg.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise brixel.BrixelError("mixed_precision fp16 needs a GPU (--mixed_precision no)")
 
 
 def run(cfg):
@@ -646,7 +640,7 @@ def run(cfg):
     models, backbone = load_models(cfg, acc.device)
     photos = [size for split in splits for size in check(split, acc)]
     acc.print(f"{cfg.task}: {len(splits[0])} training and {len(splits[1])} validation images, backbone {backbone.name}, "
-              f"{acc.device.type}, precision {acc.mixed_precision}")
+              f"{acc.num_processes} {acc.device.type} process(es), precision {acc.mixed_precision}")
     records, shown = [], {}
     for size in cfg.size:
         for row, (model, scale) in models.items():
@@ -659,8 +653,8 @@ def run(cfg):
     n_images = tuple(map(len, splits))
     result = {"task": cfg.task, "backbone": backbone.name, "ckpt": cfg.ckpt, "rows": records,
               "paper": {name: values.get(backbone.name) for name, values in task.paper.items()},
-              "n_train": n_images[0], "n_val": n_images[1], "seconds": round(time.time() - start, 1), "seed": cfg.seed,
-              "deviations": deviations(task, cfg, backbone, n_images, enlarged), "settings": vars(cfg)}
+              "n_train": n_images[0], "n_val": n_images[1], "seconds": round(time.time() - start, 1), "seed": cfg.seed, "processes": acc.num_processes,
+              "precision": acc.mixed_precision, "deviations": deviations(task, cfg, backbone, n_images, enlarged), "settings": vars(cfg)}
     if acc.is_main_process:
         report(task, result, shown)
 

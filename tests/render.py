@@ -113,7 +113,6 @@ def draw(rng, textures, height, width):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Writers, one a benchmark; splits = {"train": n, "val": n}; height x width of the photos
-# ----------------------------------------------------------------------------------------------------------------------
 
 ADE_LABELS = np.array([4, 1, 6, 8, 16, 20, 34, 45, 64, 93, 120, 132], np.uint8)
 CITYSCAPES_IDS = np.array([7, 11, 23, 26, 24, 21, 33, 8, 12, 28, 17, 1], np.uint8)     # the last is not evaluated

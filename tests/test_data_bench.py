@@ -72,7 +72,6 @@ def truncate(path, keep=0.6):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Segmentation
-# ----------------------------------------------------------------------------------------------------------------------
 
 def test_ade20k_labels_of_real_pairs():
     """Read off the pictures: sky (3 on disk, class 2) above building (1), grass (9) and, in the third, road (6) below."""
@@ -126,7 +125,6 @@ def test_cityscapes_both_layouts_read_the_same(tmp_path, textures):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Depth and normals
-# ----------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("split_format", ["v5", "v7.3"])
 def test_nyu_parquet_and_mat_agree(tmp_path, textures, split_format):
@@ -234,7 +232,6 @@ def test_normals_agree_with_the_released_code_where_the_surface_is_smooth():
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What all readers share
-# ----------------------------------------------------------------------------------------------------------------------
 
 def test_patch_size_rounds_the_image_and_not_the_labels(cityscapes, nyu, ade):
     item = data.Cityscapes(cityscapes, "val", 60, patch_size=14)[0]
@@ -313,7 +310,7 @@ def test_frames_of_different_size_are_refused(cityscapes):
 def test_nyu_broken_files_are_refused(nyu, tmp_path, textures):
     file = next((nyu / "data").glob("train-00001*"))
     truncate(file)
-    with pytest.raises(BrixelError, match=r"1 of 2 files cannot be read, first: .*train-00001"):
+    with pytest.raises(BrixelError, match=r"1 of 2 files cannot be used, first: .*train-00001"):
         data.NYU(nyu, "train", 48)
     render.write_nyu_mat(tmp_path / "mat", textures, SPLITS, height=48, width=64)
     truncate(tmp_path / "mat" / "nyu_depth_v2_labeled.mat")

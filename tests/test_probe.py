@@ -39,7 +39,6 @@ def parameters(released, prefix):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Readouts
-# ----------------------------------------------------------------------------------------------------------------------
 
 def test_depth_head_agrees_with_the_released_one(released):
     head = probe.DepthHead(16, width=32)
@@ -60,7 +59,6 @@ def test_normal_head_agrees_with_the_released_one(released):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Losses and metrics
-# ----------------------------------------------------------------------------------------------------------------------
 
 def test_silog_agrees_with_the_released_one(released, values):
     total, count = probe.silog(released["depth_pred"], released["depth_gt"], released["depth_valid"] > 0)
@@ -107,7 +105,7 @@ def test_alignment_recovers_scale_and_shift_from_valid_pixels():
     torch.manual_seed(0)
     depth, valid = torch.rand(2, 1, 5, 6) + 1, torch.rand(2, 1, 5, 6) > 0.3
     pred = torch.where(valid, (depth - 0.3) / 2.5, 99)
-    got = probe.align(pred, torch.where(valid, depth, 0), valid)
+    got = probe.align(pred, torch.where(valid, depth, 7), valid)
     torch.testing.assert_close(got[valid].float(), depth[valid])
     assert probe.align(torch.ones(1, 1, 2, 2), depth[:1, :, :2, :2], valid[:1, :, :2, :2]).isfinite().all()
 
@@ -161,7 +159,6 @@ def test_sums_do_not_depend_on_how_a_split_is_cut():
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Features
-# ----------------------------------------------------------------------------------------------------------------------
 
 class Tiny(torch.nn.Module):
     """A backbone of one layer; counts the images it has seen."""
@@ -197,6 +194,7 @@ def test_what_is_cached_is_computed_once_and_changes_nothing():
     from accelerate import Accelerator
 
     fitted = []
+    assert next(probe.Features(Items(), Tiny(), Accelerator(cpu=True), settings()).batches([0]))["features"].dtype is torch.float16
     for cache_gb, kept in ((1.0, 7), (1e-6, 3), (0.0, 0)):
         features = probe.Features(Items(), Tiny(), Accelerator(cpu=True), settings(cache_gb=cache_gb))
         fitted.append(probe.fit(Namespace(targets=("label",), classes=2), features, features.cfg, 4).state_dict())
@@ -219,7 +217,6 @@ def test_color_jitter_changes_with_the_epoch_and_not_with_the_process():
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The four tasks, through the command line
-# ----------------------------------------------------------------------------------------------------------------------
 
 SMALL = ["--size", "56", "--epochs", "2", "--batch_size", "4", "--num_workers", "0"]
 
@@ -253,12 +250,11 @@ def run(benchmarks, capsys, monkeypatch):
 
 
 def launch(benchmarks, task, processes, *flags):
-    """The JSON object of `accelerate launch probe.py`, on the CPU."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes),
-               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", str(HERE.parent / "probe.py"),
-               "--task", task, "--data_dir", task, *SMALL, *flags]
+    """The JSON object of probe.py on several CPU processes.  (`accelerate launch --cpu` would start one, whatever it is told.)"""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
+               str(HERE.parent / "probe.py"), "--task", task, "--data_dir", task, *SMALL, *flags]
     done = subprocess.run(command, capture_output=True, text=True, cwd=benchmarks, check=False,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -278,7 +274,7 @@ def test_task_end_to_end(benchmarks, run, task, extra, metric, worst):
 
 
 def test_without_a_checkpoint_the_baseline_runs_alone(benchmarks, run):
-    _, out = run("ade20k", "--backbone", "sample", "--limit", "2", "--out", "alone.pt")
+    _, out = run("ade20k", "--backbone", "sample", "--limit", "2", "--batch_size", "1", "--out", "alone.pt")
     assert [row["row"] for row in out["rows"]] == ["baseline"] and (out["n_train"], out["n_val"]) == (2, 2)
     assert (benchmarks / "alone.ade20k.json").is_file()
 
@@ -303,6 +299,7 @@ def test_paper_rows_stand_below_for_a_backbone_of_the_paper():
 def test_two_processes_equal_one(benchmarks, task):
     flags = ["--ckpt", "out.pt", *(["--hidden", "16"] if task == "navi" else [])]
     one, two = (launch(benchmarks, task, n, *flags, "--out", f"{n}.pt") for n in (1, 2))
+    assert (one["processes"], two["processes"]) == (1, 2)
     for a, b in zip(one["rows"], two["rows"], strict=True):
         metrics = {key for key in a if key not in ("row", "size", "seconds")}
         assert {key: a[key] for key in metrics} == pytest.approx({key: b[key] for key in metrics}, abs=2e-3, rel=2e-3)
@@ -310,7 +307,6 @@ def test_two_processes_equal_one(benchmarks, task):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Mistakes
-# ----------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("flags", "sentence"), [
     (["--task", "pascal"], "invalid choice: 'pascal'"),
@@ -321,6 +317,8 @@ def test_two_processes_equal_one(benchmarks, task):
     (["--task", "ade20k", "--epochs", "0"], "epochs 0 must be 1 or more"),
     (["--task", "ade20k", "--epochs", "many"], "invalid int value: 'many'"),
     (["--task", "navi", "--split", "test"], "unknown split 'test'; known: paper, dataset, probe3d"),
+    (["--task", "ade20k", "--mixed_precision", "fp8"], "is not one of auto, no, fp16, bf16"),
+    (["--task", "navi", "--color_jitter", "0"], "color_jitter needs 4 numbers"),
     (["--task", "ade20k", "--size", "8"], "size 8 must be 32 or more"),
 ])
 def test_mistakes_are_one_sentence_and_exit_code_2(flags, sentence, capsys):
