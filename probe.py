@@ -155,8 +155,8 @@ def align(pred, depth, valid):
     pred, depth, weight = pred.double(), depth.double(), valid.double()
     n = weight.sum((1, 2, 3), keepdim=True).clamp_min(1)
     mean_p, mean_d = ((x * weight).sum((1, 2, 3), keepdim=True) / n for x in (pred, depth))
-    dp, dd = (pred - mean_p) * weight, (depth - mean_d) * weight
-    scale = (dp * dd).sum((1, 2, 3), keepdim=True) / (dp**2).sum((1, 2, 3), keepdim=True).clamp_min(1e-12)
+    away = (pred - mean_p) * weight
+    scale = (away * (depth - mean_d)).sum((1, 2, 3), keepdim=True) / (away**2).sum((1, 2, 3), keepdim=True).clamp_min(1e-12)
     return scale * (pred - mean_p) + mean_d
 
 

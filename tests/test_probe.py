@@ -1,4 +1,5 @@
 """Readouts, losses and metrics against the released code's numbers and by hand; the four tasks through the command line."""
+import contextlib
 import json
 import os
 import re
@@ -202,6 +203,16 @@ def test_what_is_cached_is_computed_once_and_changes_nothing():
         assert f"of {kept} of 7 training images" in features.summary()
     for other in fitted[1:]:
         torch.testing.assert_close(fitted[0], other, atol=1e-6, rtol=1e-5)
+
+
+def test_processes_share_out_every_batch():
+    shares = []
+    for rank in range(2):
+        acc = Namespace(num_processes=2, process_index=rank, device=torch.device("cpu"), autocast=contextlib.nullcontext)
+        features = probe.Features(Items(), Tiny(), acc, settings())
+        shares.append([len(batch.get("label", ())) for batch in features.batches([0, 2, 4, 1, 3, 5, 6])])
+        assert sorted(features.cache) == list(range(rank, 7, 2))
+    assert shares == [[3, 0, 1], [0, 3, 0]]
 
 
 def test_color_jitter_changes_with_the_epoch_and_not_with_the_process():
