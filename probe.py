@@ -472,7 +472,8 @@ def depth_colors(depth, low, high):
 
 def normal_colors(normal):
     """(3, h, w) -> (h, w, 3) uint8, the usual colors: facing the camera is light blue, no normal gray."""
-    return ((1 - F.normalize(normal, dim=0)) * 127.5).byte().permute(1, 2, 0).cpu().numpy()
+    left_up_away = normal * normal.new_tensor([-1, 1, 1]).view(3, 1, 1)
+    return ((1 + F.normalize(left_up_away, dim=0)) * 127.5).byte().permute(1, 2, 0).cpu().numpy()
 
 
 @torch.no_grad()
@@ -490,7 +491,7 @@ def pictures(task, probe, features, count=4):
         if "depth" in probe:
             truth = batch["depth"][k] * batch["valid"][k]
             low, high = truth[truth > 0].aminmax() if truth.any() else (MIN_DEPTH, MAX_DEPTH)
-            panel["depth"], panel["true depth"] = (depth_colors(x, low, high + 1e-6) for x in (outputs["depth"][k], truth))
+            panel["depth"], panel["true depth"] = (depth_colors(x, 0.7 * low, 1.3 * high) for x in (outputs["depth"][k], truth))
         if "normal" in probe:
             panel["normal"], panel["true normal"] = normal_colors(outputs["normal"][k]), normal_colors(batch["normal"][k])
         panels.append(panel)

@@ -298,6 +298,13 @@ def test_several_sizes_give_a_row_each_with_its_cost_and_a_plot(benchmarks, run)
     assert Image.open(benchmarks / "sizes.cityscapes.size.png").size[0] > 800
 
 
+def test_colors_by_hand():
+    facing = probe.normal_colors(torch.tensor([0.0, 0, 1]).view(3, 1, 1))                 # away from the camera is +z here
+    assert facing.tolist() == [[[127, 127, 255]]]
+    assert probe.depth_colors(torch.zeros(1, 1, 1), 1, 2).tolist() == [[[0, 0, 0]]]
+    assert probe.class_colors(torch.tensor([[0, 255]]), 19)[0, 1].tolist() == [0, 0, 0]
+
+
 def test_paper_rows_stand_below_for_a_backbone_of_the_paper():
     record = {"row": "BRIXEL", "size": 256, "miou": 0.5, "pixel_accuracy": 0.25, "miou_absent_zero": 0.125}
     lines = probe.table(probe.TASKS["ade20k"], [record], "dinov3_vitb16")
