@@ -1307,6 +1307,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    from brixel import main                        # under its own name, so that data.py and this file share BrixelError
+    from brixel import main  # under its own name, so that data.py and this file share BrixelError
 
     main()

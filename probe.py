@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import brixel
-from data_bench import ADE20K, IGNORE, NAVI, NYU, Benchmark, Cityscapes
+from data import ADE20K, IGNORE, NAVI, NYU, Benchmark, Cityscapes
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Readouts

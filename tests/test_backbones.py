@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 import brixel
 
-
 SIZES = [(64, 64), (48, 80)]       # in units of 16; patch 14 takes the same token grids
 SMALL = {"depth": 4, "embed_dim": 96, "num_heads": 3}    # the same timm entry point, narrower
 

@@ -2,8 +2,8 @@
 
 import io
 import os
-import tarfile
 import random
+import tarfile
 
 import numpy as np
 import pytest

@@ -15,7 +15,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import render
 
-import data_bench as data
+import data
 from brixel import BrixelError
 
 FIXTURES = HERE / "fixtures"
