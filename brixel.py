@@ -618,6 +618,8 @@ class Head(nn.Module):
         self.mix = nn.Conv2d(width, width, 3, padding=1, groups=4)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.out = nn.Linear(width, embed_dim)
+        nn.init.zeros_(self.out.weight)            # training starts from bilinear upsampling
+        nn.init.zeros_(self.out.bias)
 
     def forward(self, x):
         x = self.align(x)
@@ -685,12 +687,15 @@ class Brixel(nn.Module):
     def preprocess(self, image, size=None):
         """PIL image -> (1, 3, H, W) float32, normalized for this backbone, on the model's device.
 
-        size: the short side in pixels (default: the photo's own); both sides are rounded to multiples of the patch size.
+        size: short side in pixels (default: the photo's own), both sides rounded to multiples of the patch size; or (H, W).
         """
         from torchvision.transforms.functional import pil_to_tensor
 
-        zoom, p = (size or min(image.size)) / min(image.size), self.settings["patch_size"]
-        W, H = (max(-(-32 // p), round(side * zoom / p)) * p for side in image.size)
+        if isinstance(size, (tuple, list)):
+            H, W = size
+        else:
+            zoom, p = (size or min(image.size)) / min(image.size), self.settings["patch_size"]
+            W, H = (max(-(-32 // p), round(side * zoom / p)) * p for side in image.size)
         x = pil_to_tensor(image.convert("RGB").resize((W, H), 3))[None]                 # 3: bicubic
         return normalize(x.to(next(self.upsampler.parameters()).device), self.backbone)
 
@@ -899,8 +904,11 @@ def frozen_pass(backbone, image, scale):
 
 
 def lr_at(step, cfg, steps_per_epoch):
-    """Learning rate of step 0, 1, ...: cfg.warmup_lr during the first cfg.warmup_epochs, then cfg.lr."""
-    return cfg.warmup_lr if step < cfg.warmup_epochs * steps_per_epoch else cfg.lr
+    """Learning rate of step 0, 1, ...: cfg.warmup_lr for cfg.warmup_epochs, then cfg.lr, constant or down to 0 on a cosine."""
+    warmup = cfg.warmup_epochs * steps_per_epoch
+    if step < warmup or cfg.lr_schedule == "constant":
+        return cfg.warmup_lr if step < warmup else cfg.lr
+    return cfg.lr * (1 + math.cos(math.pi * (step - warmup) / (cfg.max_steps - warmup))) / 2
 
 
 def upsampling_errors(student, teacher, k=8):
@@ -948,7 +956,8 @@ def check_settings(cfg, backbone):
         if not fine:
             raise BrixelError(f"{key} {getattr(cfg, key)!r} {rule} (--{key})")
 
-    for key, allowed in {"scale": (2, 4, 8), "crop": ("random", "center"), "mixed_precision": ("auto", "no", "fp16", "bf16"),
+    for key, allowed in {"scale": (2, 4, 8), "crop": ("random", "center"),
+                         "lr_schedule": ("constant", "cosine"), "mixed_precision": ("auto", "no", "fp16", "bf16"),
                          "report_to": ("none", "tensorboard", "wandb")}.items():
         need(getattr(cfg, key) in allowed, key, f"is not one of {', '.join(map(str, allowed))}")
     for key in ("max_steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_every", "keep_states"):
@@ -1071,7 +1080,6 @@ def train(cfg):
     from tqdm import tqdm
 
     import data
-    from probe import feature_row, write_panel
 
     # Set-up: everything that can be refused is refused here.
     check_out(cfg)
@@ -1180,22 +1188,30 @@ def train(cfg):
             write_log(log, accelerator, done, evaluate(model, held_out, accelerator, left_out, cfg.k))
     progress.close()
 
-    # Results
     if main:
         model.save(cfg.out, training=vars(cfg), command=shlex.join(sys.argv))
     means = evaluate(model, held_out, accelerator, left_out, cfg.k)
     left_out.share(cfg.max_steps * per_step)
     write_log(log, accelerator, cfg.max_steps, means)
     if main:
-        images = [image for image, _ in (held_out[i] for i in range(min(4, len(held_out)))) if image is not None]
-        rows = [feature_row(model.eval(), image[None].to(device)) for image in images]
-        write_panel(beside(cfg, ".png"), ("photo", "ViT at low resolution", "bilinear", "BRIXEL", "teacher"), rows)
-        print(f"on {len(val_ids)} held-out photos:\n{'':10}{'L1':>10}{'edge':>10}{'spectral':>10}{'cosine':>10}")
-        for row in ("bilinear", "brixel"):
-            print(f"{row:10}" + "".join(f"{means[f'{row} {k}']:10.4f}" for k in ("l1", "edge", "spectral", "cosine")))
-        print(f"wrote {cfg.out}, {beside(cfg, '.png')}, {beside(cfg, '.jsonl')}; photos left out: {left_out}; "
-              f"next: python probe.py --task pca --ckpt {cfg.out} --image PHOTO")
+        report(cfg, model.eval(), held_out, means, left_out)
     accelerator.end_training()
+
+
+def report(cfg, model, held_out, means, left_out):
+    """out.png, the table of held-out errors, and the line that says what was written."""
+    from probe import feature_row, write_panel
+
+    images = [image for image, _ in (held_out[i] for i in range(min(4, len(held_out)))) if image is not None]
+    device = next(model.upsampler.parameters()).device
+    write_panel(beside(cfg, ".png"), ("photo", "ViT at low resolution", "bilinear", "BRIXEL", "teacher"),
+                [feature_row(model, image[None].to(device)) for image in images])
+    terms = ("l1", "edge", "spectral", "cosine")
+    print(f"on {len(held_out)} held-out photos:\n{'':10}" + "".join(f"{term:>10}" for term in terms))
+    for row in ("bilinear", "brixel"):
+        print(f"{row:10}" + "".join(f"{means[f'{row} {term}']:10.4f}" for term in terms))
+    print(f"wrote {cfg.out}, {beside(cfg, '.png')}, {beside(cfg, '.jsonl')}; photos left out: {left_out}; "
+          f"next: python probe.py --task pca --ckpt {cfg.out} --image PHOTO")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -146,12 +146,21 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
+def open_photo(file):
+    """The whole photo, upright, as a PIL image in RGB.   Raises: BrixelError if it cannot be read."""
+    try:
+        with Image.open(file) as image:
+            return to_rgb(ImageOps.exif_transpose(image))
+    except UNREADABLE as error:
+        raise BrixelError(f"{file} cannot be read: {type(error).__name__}: {error}") from None
+
+
 def read_crop(file, size, min_side=0, rng=None, crop_min=0.5):
     """Square crop of a photo, resized to `size`: (3, size, size) uint8, EXIF rotation applied.
 
     file: path or binary file.   min_side: a shorter short side (pixels) is refused.
-    rng: random.Random for a random crop (its side: crop_min to 1 of the short side, but no fewer pixels than `size` where
-    the photo has them) and a random flip; None for the central crop of the whole short side.
+    rng: random.Random for a random crop (its side: crop_min to 1 of the short side, but no fewer pixels than `size` if the
+    photo has as many) and a random flip; None for the central crop of the whole short side.
     Raises: PhotoError if the file cannot be read or is too small.
     Fast: a JPEG is decoded at 1/2, 1/4 or 1/8 where that is enough; crop and resize are one pass over uint8.
     """
@@ -160,7 +169,8 @@ def read_crop(file, size, min_side=0, rng=None, crop_min=0.5):
             short = min(image.size)
             if short < max(min_side, 1):
                 raise PhotoError("too small", f"short side {short} px, min_side is {min_side}")
-            side = rng.uniform(max(crop_min * short, min(size, short)), short) if rng else short
+            enough = size if short >= size else 0  # a photo that has `size` pixels is not cropped to fewer
+            side = rng.uniform(max(crop_min * short, enough), short) if rng else short
             image.draft("RGB", [math.ceil(n * size / side) for n in image.size])
             image.load()
             side *= min(image.size) / short                                             # in pixels as decoded

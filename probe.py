@@ -5,6 +5,8 @@
     python probe.py --task nyu --data_dir nyuv2 --backbone dinov3                   # the baseline alone
     python probe.py --task cityscapes --data_dir cityscapes --ckpt out.pt --size 128 256 384 512
     accelerate launch --num_processes 4 --multi_gpu probe.py --task navi ...        # same result as one process
+    python probe.py --task pca --ckpt out.pt --image a.jpg photos/                  # pictures of the features
+    python probe.py --task cost --backbone dinov3_vits16 dinov3_vitb16              # GFLOPs, milliseconds, memory
 
 Rows: "baseline" is the backbone alone; "BRIXEL" the checkpoint on the same image; "teacher" the backbone on the image at
 4x the side, the ceiling. Each gets its own small readout, trained with the same seed, batches and steps on frozen features
@@ -17,6 +19,7 @@ import json
 import os
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +33,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import brixel
-from data import ADE20K, IGNORE, NAVI, NYU, Benchmark, Cityscapes
+from data import ADE20K, IGNORE, NAVI, NYU, Benchmark, Cityscapes, PhotoIndex, open_photo
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Readouts
@@ -402,21 +405,26 @@ def evaluate(probe, features):
     return metrics
 
 
-def cost(model, image):
-    """(GFLOPs, milliseconds) of `model` on one image; attention counted, a multiplication and an addition are 2 FLOPs."""
+def gflops(call):
+    """GFLOPs of `call`; attention counted, a multiplication and an addition are 2 FLOPs."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    times = []
-    with torch.no_grad():
-        with FlopCounterMode(display=False) as counter:
-            model(image)
-        for _ in range(5):
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops() / 1e9
+
+
+def milliseconds(calls, repeats):
+    """Median time of each of `calls`, which take turns so that a drifting machine slows all alike; two turns of warm-up."""
+    times = [[] for _ in calls]
+    for _ in range(repeats + 2):
+        for call, record in zip(calls, times, strict=True):
             start = time.perf_counter()
-            model(image)
-            if image.is_cuda:
+            call()
+            if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            times.append((time.perf_counter() - start) * 1000)
-    return counter.get_total_flops() / 1e9, sorted(times)[2]
+            record.append((time.perf_counter() - start) * 1000)
+    return [sorted(record[2:])[repeats // 2] for record in times]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -440,7 +448,7 @@ def table(task, records, backbone):
 
 def deviations(task, cfg, backbone, n_images, enlarged):
     """Sentences: how this run differs from the paper's protocol."""
-    protocol = brixel.load_config(["--task", cfg.task], "task", is_probe, None, __doc__)
+    protocol = brixel.load_config(["--task", cfg.task], "task", is_task, None, __doc__)
     notes = [f"{key} {value} instead of {getattr(protocol, key)}" for key, value in vars(cfg).items()
              if key in PROTOCOL and value != getattr(protocol, key)]
     notes += [f"{n} {split} images instead of {full}" for n, full, split in
@@ -498,25 +506,6 @@ def pictures(task, probe, features, count=4):
     return panels
 
 
-def write_panel(path, titles, rows, side=320):
-    """Write rows of pictures, each (H, W, 3) uint8, under a line of titles; every row `side` pixels high."""
-    gap, font = 6, ImageFont.load_default(size=20)
-    # token maps are enlarged by pixel repetition: a picture shows what is there
-    rows = [[Image.fromarray(p).resize((round(side * p.shape[1] / p.shape[0]), side), 4 if len(p) > side else 0) for p in row]
-            for row in rows]
-    width = max(sum(p.width + gap for p in row) - gap for row in rows)
-    panel = Image.new("RGB", (width, 34 + len(rows) * (side + gap) - gap), "white")
-    for j, row in enumerate(rows):
-        x = 0
-        for title, picture in zip(titles, row):
-            if j == 0:
-                ImageDraw.Draw(panel).text((x + picture.width / 2, 17), title, "black", font, anchor="mm")
-            panel.paste(picture, (x, 34 + j * (side + gap)))
-            x += picture.width + gap
-    with brixel.atomic(path) as temporary:
-        panel.save(temporary, "PNG")
-
-
 def write_picture(path, task, shown):
     """Photo | prediction of every row | ground truth, from {row: its `pictures`}; a line per image."""
     first = next(iter(shown.values()))
@@ -549,6 +538,28 @@ def write_plot(path, task, records):
         figure.savefig(temporary, format="png", dpi=120)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. Pictures of features: --task pca, and out.png of a training run
+
+def write_panel(path, titles, rows, side=320):
+    """Write rows of pictures, each (H, W, 3) uint8, under a line of titles; every row `side` pixels high."""
+    gap, font = 6, ImageFont.load_default(size=20)
+    # token maps are enlarged by pixel repetition: a picture shows what is there
+    rows = [[Image.fromarray(p).resize((round(side * p.shape[1] / p.shape[0]), side), 4 if len(p) > side else 0) for p in row]
+            for row in rows]
+    width = max(sum(p.width + gap for p in row) - gap for row in rows)
+    panel = Image.new("RGB", (width, 34 + len(rows) * (side + gap) - gap), "white")
+    for j, row in enumerate(rows):
+        x = 0
+        for title, picture in zip(titles, row):
+            if j == 0:
+                ImageDraw.Draw(panel).text((x + picture.width / 2, 17), title, "black", font, anchor="mm")
+            panel.paste(picture, (x, 34 + j * (side + gap)))
+            x += picture.width + gap
+    with brixel.atomic(path) as temporary:
+        panel.save(temporary, "PNG")
+
+
 def pca_rgb(reference, *maps):
     """Each (C, H, W) of `maps` as an (H', W', 3) uint8 picture, in the basis and range of the map `reference`.
 
@@ -570,15 +581,141 @@ def feature_row(model, image):
     return [image[0].permute(1, 2, 0).cpu().numpy(), *pca_rgb(teacher[0], *maps)]
 
 
+def similarity(features, x, y):
+    """Cosine similarity of every token of (C, h, w) to the one at relative position x, y in [0, 1], as (h, w, 3) uint8."""
+    from matplotlib import colormaps
+
+    _, h, w = features.shape
+    token = features[:, min(int(y * h), h - 1), min(int(x * w), w - 1)]
+    return (colormaps["magma"](F.cosine_similarity(features, token[:, None, None], dim=0).clamp(0, 1).cpu().numpy())[..., :3]
+            * 255).astype("uint8")
+
+
+@torch.no_grad()
+def run_pca(cfg):
+    """For each photo of --image: PHOTO.pca.png with its features as colors, all in one basis (the last column's)."""
+    from safetensors.torch import save_file
+
+    if not cfg.ckpt or not cfg.image[0]:
+        raise brixel.BrixelError("--task pca needs a checkpoint (--ckpt out.pt) and photos (--image a.jpg folder '*.png')")
+    if len(cfg.query) not in (0, 2) and cfg.query != [-1]:
+        raise brixel.BrixelError(f"query {cfg.query} must be X Y, in pixels of the photo (--query X Y)")
+    folder, saved = Path(cfg.out or "."), {}
+    if not folder.is_dir():
+        raise brixel.BrixelError(f"no such folder: {folder} (--out)")
+    model = brixel.load(cfg.ckpt, cfg.backbone or None, cfg.weights or None)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    photos = [index.name(i) for index in map(PhotoIndex, cfg.image) for i in range(len(index))]
+    for path in photos:
+        image = open_photo(path)
+        x = model.preprocess(image, cfg.size)
+        maps = {"ViT": model.backbone(x), "bilinear": None, "BRIXEL": model(x)}
+        maps["bilinear"] = F.interpolate(maps["ViT"], size=maps["BRIXEL"].shape[2:], mode="bilinear")
+        if cfg.teacher:
+            maps["teacher"] = model.backbone(model.preprocess(image, [model.scale * side for side in x.shape[2:]]))
+        maps = {name: features[0].float() for name, features in maps.items()}
+        photo = torch.tensor(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3).numpy()
+        rows = [[photo, *pca_rgb(list(maps.values())[-1], *maps.values())]]
+        if len(cfg.query) == 2:
+            at = cfg.query[0] / image.width, cfg.query[1] / image.height
+            if not (0 <= at[0] < 1 and 0 <= at[1] < 1):
+                raise brixel.BrixelError(f"query {cfg.query} lies outside {path}, {image.width} x {image.height} pixels (--query X Y)")
+            rows.append([photo, *(similarity(features, *at) for features in maps.values())])
+        out = folder / f"{Path(path).stem}.pca.png"
+        write_panel(out, ("photo", *maps), rows)
+        print(f"wrote {out}: photo {image.width} x {image.height}, image {x.shape[3]} x {x.shape[2]}, "
+              f"features {tuple(maps['BRIXEL'].shape)}")
+        saved[path] = maps["BRIXEL"].cpu().contiguous()
+    if cfg.save_features:
+        with brixel.atomic(cfg.save_features) as temporary:
+            save_file(saved, temporary)
+        print(f"wrote {cfg.save_features}: one tensor (C, h, w) per photo, named by its path")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# 8. Command line
+# 9. Cost: --task cost
+
+def cost_rows(name, cfg, device):
+    """Records of the baseline, BRIXEL and the teacher of one backbone: random weights, batch 1, 16 x 16 tokens."""
+    backbone = brixel.load_backbone(name, None).to(device)
+    model = brixel.Brixel(backbone).eval().to(device)
+    side, scale = 16 * backbone.patch_size, model.scale            # 256 pixels for patch 16, 224 for patch 14
+    image, large = (torch.randn(1, 3, n, n, device=device) for n in (side, scale * side))
+    cases = {"baseline": (backbone, image), "BRIXEL": (model, image), "teacher": (backbone, large)}
+    half = brixel.precision(cfg) == "bf16"
+    records, timed = [], []
+
+    def call_of(module, x):
+        def call():
+            with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=half):
+                return module(x)
+        return call
+
+    for row, (module, x) in cases.items():
+        call = call_of(module, x)
+        trained = sum(p.numel() for p in model.upsampler.parameters()) * (row == "BRIXEL")
+        record = {"backbone": name, "row": row, "size": x.shape[-1], "trained_M": trained / 1e6, "gflops": gflops(call),
+                  "frozen_M": sum(p.numel() for p in backbone.parameters()) / 1e6}
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            call()
+            record["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+        records.append(record)
+        timed.append((record, "ms", call))
+    if cfg.compile:
+        timed.append((records[1], "ms_compiled", call_of(torch.compile(model), image)))
+    if cfg.onnx:
+        import onnxruntime
+
+        with tempfile.TemporaryDirectory() as folder:
+            brixel.Brixel(backbone).to(device).export_onnx(Path(folder, "brixel.onnx"), (side, side))
+            session = onnxruntime.InferenceSession(Path(folder, "brixel.onnx"))
+        feed = {"image": image.cpu().numpy()}
+        timed.append((records[1], "ms_onnx", lambda: session.run(None, feed)))
+    for (record, column, _), ms in zip(timed, milliseconds([call for *_, call in timed], cfg.repeats), strict=True):
+        record[column] = ms
+    for record in records:
+        record["ms_over_teacher"], record["gflops_over_teacher"] = (record[k] / records[2][k] for k in ("ms", "gflops"))
+    return records
+
+
+def run_cost(cfg):
+    """Table, JSON line and OUT.cost.png: what the baseline, BRIXEL and the teacher cost for each backbone."""
+    from matplotlib.figure import Figure
+
+    check_settings(cfg)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    records = [record for name in cfg.backbone for record in cost_rows(name, cfg, device)]
+    columns = list(dict.fromkeys(key for record in records for key in record))
+    rows = [columns, *([f"{record[key]:.3g}" if isinstance(record.get(key), float) else str(record.get(key, ""))
+                        for key in columns] for record in records)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print(*("  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows), sep="\n")
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    for axis, key, label in zip(figure.subplots(1, 2), ("gflops", "ms"), ("GFLOPs per image", f"ms per image, {device}"), strict=True):
+        for i, row in enumerate(("baseline", "BRIXEL", "teacher")):
+            chosen = [record for record in records if record["row"] == row]
+            axis.bar([n + 0.27 * (i - 1) for n in range(len(chosen))], [r[key] for r in chosen], 0.25, label=row)
+        axis.set_xticks(range(len(cfg.backbone)), cfg.backbone)
+        axis.set_yscale("log")
+        axis.set_ylabel(label)
+    figure.axes[0].legend()
+    out = Path(cfg.out or "cost").with_suffix(".png")
+    with brixel.atomic(out) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    print(json.dumps({"task": "cost", "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+                      "torch": torch.__version__, "rows": records, "settings": vars(cfg)}))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 10. Command line
 
 PROTOCOL = ("size", "epochs", "lr", "weight_decay", "batch_size", "hidden", "silog_beta", "color_jitter", "split", "limit")
 
 
-def is_probe(section):
-    """Whether a section of config.yaml is a probe task."""
-    return "epochs" in section
+def is_task(section):
+    """Whether a section of config.yaml is for probe.py."""
+    return "max_steps" not in section
 
 
 def load_models(cfg, device):
@@ -614,15 +751,15 @@ def check(dataset, acc):
 
 def check_settings(cfg):
     """Refuse impossible settings in one sentence, before anything is read."""
-    for key in ("epochs", "batch_size", "hidden"):
+    for key in ("epochs", "batch_size", "hidden", "repeats"):
         if getattr(cfg, key, 1) < 1:
             raise brixel.BrixelError(f"{key} {getattr(cfg, key)} must be 1 or more (--{key})")
     for key in ("limit", "cache_gb", "num_workers", "lr", "weight_decay"):
-        if getattr(cfg, key) < 0:
+        if getattr(cfg, key, 0) < 0:
             raise brixel.BrixelError(f"{key} {getattr(cfg, key)} must not be negative (--{key})")
-    if min(cfg.size) < 32:
+    if min(getattr(cfg, "size", [32])) < 32:
         raise brixel.BrixelError(f"size {min(cfg.size)} must be 32 or more (--size)")
-    if len(cfg.color_jitter) != 4:
+    if len(getattr(cfg, "color_jitter", "1234")) != 4:
         raise brixel.BrixelError("color_jitter needs 4 numbers: brightness, contrast, saturation, hue (--color_jitter)")
     if cfg.mixed_precision not in ("auto", "no", "fp16", "bf16"):
         raise brixel.BrixelError(f"mixed_precision {cfg.mixed_precision!r} is not one of auto, no, fp16, bf16")
@@ -630,7 +767,7 @@ def check_settings(cfg):
         raise brixel.BrixelError("mixed_precision fp16 needs a GPU (--mixed_precision no)")
 
 
-def run(cfg):
+def run_benchmark(cfg):
     """Train and evaluate the probes of one task; print the table and the JSON line, write the files."""
     from accelerate import Accelerator
 
@@ -672,7 +809,8 @@ def run_row(task, cfg, acc, row, model, size, scale, backbone, measure):
     panels = pictures(task, probe, features) if acc.is_main_process else None
     if measure:
         image = brixel.normalize(val[0]["image"][None].to(acc.device), backbone)
-        record["gflops"], record["ms"] = cost(model, image)
+        with torch.no_grad():
+            record["gflops"], (record["ms"],) = gflops(lambda: model(image)), milliseconds([lambda: model(image)], 5)
     return record, panels
 
 
@@ -693,7 +831,8 @@ def report(task, result, shown):
 
 def main(argv=None):
     try:
-        run(brixel.load_config(argv, "task", is_probe, None, __doc__))
+        cfg = brixel.load_config(argv, "task", is_task, None, __doc__)
+        {"pca": run_pca, "cost": run_cost}.get(cfg.task, run_benchmark)(cfg)
     except brixel.BrixelError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"probe.py: error: {error}", file=sys.stderr)
