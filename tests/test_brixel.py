@@ -1,6 +1,7 @@
 """The network, the losses and the checkpoints of brixel.py."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -306,3 +307,37 @@ def test_pushed_model_is_read_back_from_its_folder(tmp_path, monkeypatch):
     x = torch.randn(1, 3, 48, 48)
     for place in ("me/features", tmp_path / "me" / "features"):
         assert torch.equal(brixel.load(place, backbone=model.backbone)(x), model(x))
+
+
+# Shapes in a released checkpoint: D the backbone's width, s the width of the stem, M the head's.
+RELEASED_SHAPES = {
+    r"level_embed$": "3 D", r"interactions.*_norm\.\w+$": "D", r"adapter\.norm[1234]\.\w+$": "D",
+    r"sampling_offsets\.weight": "128 D", r"sampling_offsets\.bias": "128", r"attention_weights\.weight": "64 D",
+    r"attention_weights\.bias": "64", r"value_proj\.weight": "D/2 D", r"value_proj\.bias": "D/2", r"output_proj\.weight": "D D/2",
+    r"output_proj\.bias": "D", r"ffn\.fc1\.weight": "D/4 D", r"ffn\.fc1\.bias": "D/4", r"dwconv\.dwconv\.weight": "D/4 1 3 3",
+    r"dwconv\.dwconv\.bias": "D/4", r"ffn\.fc2\.weight": "D D/4", r"ffn\.fc2\.bias": "D", r"num_batches_tracked": "",
+    r"stem\.0\.weight": "s 3 3 3", r"stem\.[36]\.weight": "s s 3 3", r"stem\.[147]\.\w+$": "s", r"conv2\.0\.weight": "s*2 s 3 3",
+    r"conv2\.1\.\w+$": "s*2", r"conv3\.0\.weight": "s*4 s*2 3 3", r"conv4\.0\.weight": "s*4 s*4 3 3", r"conv[34]\.1\.\w+$": "s*4",
+    r"spm\.fc1\.weight": "D s 1 1", r"spm\.fc2\.weight": "D s*2 1 1", r"spm\.fc[34]\.weight": "D s*4 1 1", r"spm\.fc\d\.bias": "D",
+    r"align_in\.weight": "M D 1 1", r"block\.1\.weight": "M 1 3 3", r"block\.[35]\.weight": "M M 1 1", r"mix\.weight": "M M/4 3 3",
+    r"out_conv\.weight": "D M 1 1", r"out_conv\.bias": "D", r"head\..*\.(bias|weight)$": "M", r"up\.expand\.weight": "D*4 D 1 1",
+    r"up\.expand\.bias": "D*4", r"up\.post\.0\.weight": "D 1 3 3", r"up\.post\.1\.weight": "D D 1 1", r"up\.post\.\d\.bias": "D",
+    r"guide_proj\.0\.weight": "48 64 1 1", r"guide_proj\.0\.bias": "48"}
+
+
+def released_shape(key, D, s, M=64):
+    pattern = next(pattern for pattern in RELEASED_SHAPES if re.search(pattern, key))
+    return tuple(int(eval(term, {"D": D, "s": s, "M": M})) for term in RELEASED_SHAPES[pattern].split())
+
+
+def test_table_of_released_shapes_describes_the_fixture():
+    for key, value in tensors("tiny_brixel_weights").items():
+        assert tuple(value.shape) == released_shape(key, 64, 8), key
+
+
+@pytest.mark.parametrize("width", [384, 768, 1024, 1280])
+def test_released_checkpoints_of_every_size_fit(width):
+    with torch.device("meta"):
+        released = {key: torch.empty(released_shape(key, width, 64)) for key in tensors("tiny_brixel_weights")}
+        settings, state = brixel.from_released(released)
+        brixel.load_strictly(brixel.Upsampler(width, **settings), state, "released.pth", f"width {width}")
