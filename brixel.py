@@ -998,10 +998,13 @@ def check_out(cfg):
 
 
 def start_log(cfg, start):
-    """Path of out.jsonl, cut back to the first `start` steps of an interrupted run."""
+    """Path of out.jsonl.  Lines and states of an earlier run that lie after step `start` are removed: they will come anew."""
     path = beside(cfg, ".jsonl")
     old = path.read_text().splitlines() if start and path.exists() else []
     path.write_text("".join(f"{line}\n" for line in old if json.loads(line)["step"] <= start))
+    for state in beside(cfg, ".state").glob("step_*"):
+        if int(state.name[5:]) > start:
+            shutil.rmtree(state)
     return path
 
 

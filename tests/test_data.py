@@ -201,3 +201,31 @@ def test_damaged_tars_and_members_are_left_out_with_a_reason(shards):
     with pytest.raises(data.PhotoError):
         data.read_crop(index.open(5), 32)
     assert data.read_crop(index.open(4), 32).shape == (3, 32, 32)
+
+
+@pytest.mark.slow
+def test_thousand_shards_of_a_thousand_photos_stay_flat_in_memory(tmp_path, capsys):
+    import resource
+    import time
+
+    content = saved(gradient(80, 80), "JPEG").getvalue()
+    shard(tmp_path / "first.tar", [(f"{i}.jpg", content) for i in range(1000)])
+    (tmp_path / "shards").mkdir()
+    for s in range(1000):
+        os.link(tmp_path / "first.tar", tmp_path / "shards" / f"{s:05d}.tar")
+    seconds = []
+    for _ in range(2):                             # first without, then with the index
+        start = time.time()
+        index = data.PhotoIndex(tmp_path / "shards", tmp_path / "index.npz")
+        seconds.append(time.time() - start)
+    assert len(index) == 1_000_000
+    stream = data.Photos(index, np.arange(len(index)), 10**9, 0, 32)
+    used = []
+    for n in range(10_000):
+        assert stream[n * 97][0] is not None
+        if n in (1000, 9999):
+            used.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    with capsys.disabled():
+        print(f"\n1,000,000 photos: indexed in {seconds[0]:.1f} s, opened with the index in {seconds[1]:.1f} s; "
+              f"peak memory {used[0]:.0f} MiB after 1,000 reads, {used[1]:.0f} MiB after 10,000")
+    assert used[1] - used[0] < 50

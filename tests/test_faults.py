@@ -77,6 +77,16 @@ def test_half_written_states_are_never_picked(in_process, photos, tmp_path):
     assert json.loads((tmp_path / "out.state" / "step_0000004" / "settings.json").read_text())["step"] == 4
 
 
+def test_states_of_an_overwritten_or_later_run_do_not_outlive_it(in_process, photos, tmp_path):
+    common = [*SMALL, "--data_dir", photos, "--out", tmp_path / "out.pt", "--save_every", 1]
+    states = tmp_path / "out.state"
+    in_process(*common, "--max_steps", 4)
+    in_process(*common, "--max_steps", 2, "--overwrite")
+    assert [p.name for p in sorted(states.iterdir())] == ["step_0000001", "step_0000002"]
+    in_process(*common, "--max_steps", 2, "--resume", states / "step_0000001")
+    assert [p.name for p in sorted(states.iterdir())] == ["step_0000001", "step_0000002"]
+
+
 def test_full_disk_keeps_the_old_state_and_says_so(photos, tmp_path):
     common = [*SMALL, "--data_dir", str(photos), "--out", str(tmp_path / "out.pt"), "--save_every", "2"]
     code = ("import resource, signal, sys, brixel\n"
