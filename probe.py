@@ -16,7 +16,6 @@ out.TASK.json and out.TASK.png beside the checkpoint. Settings: config.yaml, sec
 import colorsys
 import itertools
 import json
-import os
 import random
 import sys
 import tempfile
@@ -601,13 +600,17 @@ def run_pca(cfg):
     if len(cfg.query) not in (0, 2) and cfg.query != [-1]:
         raise brixel.BrixelError(f"query {cfg.query} must be X Y, in pixels of the photo (--query X Y)")
     folder, saved = Path(cfg.out or "."), {}
-    if not folder.is_dir():
-        raise brixel.BrixelError(f"no such folder: {folder} (--out)")
+    brixel.check_writable(folder / "PHOTO.pca.png")
+    brixel.check_writable(cfg.save_features or folder / "x")
     model = brixel.load(cfg.ckpt, cfg.backbone or None, cfg.weights or None)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    photos = [index.name(i) for index in map(PhotoIndex, cfg.image) for i in range(len(index))]
-    for path in photos:
-        image = open_photo(path)
+    photos = [(index.name(i), index.open(i)) for index in map(PhotoIndex, cfg.image) for i in range(len(index))]
+    stems = [Path(path).stem for path, _ in photos]
+    twice = [stem for stem in stems if stems.count(stem) > 1]
+    if twice:
+        raise brixel.BrixelError(f"{stems.count(twice[0])} photos are called {twice[0]}: their pictures would overwrite each other")
+    for path, file in photos:
+        image = open_photo(file)
         x = model.preprocess(image, cfg.size)
         maps = {"ViT": model.backbone(x), "bilinear": None, "BRIXEL": model(x)}
         maps["bilinear"] = F.interpolate(maps["ViT"], size=maps["BRIXEL"].shape[2:], mode="bilinear")
@@ -684,6 +687,8 @@ def run_cost(cfg):
     from matplotlib.figure import Figure
 
     check_settings(cfg)
+    out = Path(cfg.out or "cost").with_suffix(".png")
+    brixel.check_writable(out)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     records = [record for name in cfg.backbone for record in cost_rows(name, cfg, device)]
     columns = list(dict.fromkeys(key for record in records for key in record))
@@ -700,7 +705,6 @@ def run_cost(cfg):
         axis.set_yscale("log")
         axis.set_ylabel(label)
     figure.axes[0].legend()
-    out = Path(cfg.out or "cost").with_suffix(".png")
     with brixel.atomic(out) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     print(json.dumps({"task": "cost", "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
@@ -773,6 +777,8 @@ def run_benchmark(cfg):
 
     check_settings(cfg)
     task, start = TASKS[cfg.task], time.time()
+    stem = str(Path(cfg.out or (cfg.ckpt if Path(cfg.ckpt).is_file() else "out.pt")).with_suffix(f".{cfg.task}"))
+    brixel.check_writable(stem)
     acc = Accelerator(mixed_precision=brixel.precision(cfg))
     splits = open_splits(task, cfg, cfg.size[0])
     models, backbone = load_models(cfg, acc.device)
@@ -789,7 +795,7 @@ def run_benchmark(cfg):
     scale = max(scale for _, scale in models.values())
     enlarged = sum(min(photo) < scale * max(cfg.size) for photo in photos) if cfg.teacher else 0
     n_images = tuple(map(len, splits))
-    result = {"task": cfg.task, "backbone": backbone.name, "ckpt": cfg.ckpt, "rows": records,
+    result = {"task": cfg.task, "stem": stem, "backbone": backbone.name, "ckpt": cfg.ckpt, "rows": records,
               "paper": {name: values.get(backbone.name) for name, values in task.paper.items()},
               "n_train": n_images[0], "n_val": n_images[1], "seconds": round(time.time() - start, 1), "seed": cfg.seed, "processes": acc.num_processes,
               "precision": acc.mixed_precision, "deviations": deviations(task, cfg, backbone, n_images, enlarged), "settings": vars(cfg)}
@@ -816,16 +822,14 @@ def run_row(task, cfg, acc, row, model, size, scale, backbone, measure):
 
 def report(task, result, shown):
     """Print table, deviations and JSON; write out.TASK.json, .png and, for several sizes, .size.png."""
-    settings = result["settings"]
-    ckpt = settings["ckpt"] if Path(settings["ckpt"]).is_file() else "out.pt"
-    stem = Path(settings["out"] or ckpt).with_suffix(f".{result['task']}")
+    settings, stem = result["settings"], result["stem"]
     print(*table(task, result["rows"], result["backbone"]), sep="\n")
     print("differs from the paper's protocol:", "; ".join(result["deviations"]) or "nothing")
+    with brixel.atomic(f"{stem}.json") as temporary:
+        temporary.write_text(json.dumps(result, indent=1))
     write_picture(f"{stem}.png", task, shown)
     if len(settings["size"]) > 1:
         write_plot(f"{stem}.size.png", task, result["rows"])
-    with brixel.atomic(f"{stem}.json") as temporary:
-        temporary.write_text(json.dumps(result, indent=1))
     print(json.dumps(result))
 
 
@@ -834,8 +838,7 @@ def main(argv=None):
         cfg = brixel.load_config(argv, "task", is_task, None, __doc__)
         {"pca": run_pca, "cost": run_cost}.get(cfg.task, run_benchmark)(cfg)
     except brixel.BrixelError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"probe.py: error: {error}", file=sys.stderr)
+        print(f"probe.py: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 

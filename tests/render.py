@@ -221,8 +221,9 @@ def write_navi_image(folder, name, split, textures, rng, height, width, truth):
     Image.fromarray(mask.astype(np.uint8) * 255).save(folder / "masks" / f"{name}.png")
     truth[(*folder.parts[-2:], name)] = image, depth, normal, mask
     camera = {"q": [1.0, 0.0, 0.0, 0.0], "t": [0.0, 0.0, 0.0], "focal_length": focal, "camera_model": "pixel_5"}
-    return {"object_id": folder.parts[-2], "camera": camera, "filename": f"{name}.jpg", "image_size": [h, w],
-            "scene_name": folder.name, "split": split, "occluded": False}
+    row = {"object_id": folder.parts[-2], "camera": camera, "filename": f"{name}.jpg", "image_size": [h, w],
+           "scene_name": folder.name, "occluded": False}
+    return row | {"split": split} if folder.name == "wild_set" else row        # the multiview scenes have no split
 
 
 def main():

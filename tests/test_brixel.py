@@ -242,10 +242,18 @@ def test_bad_checkpoints_are_refused_and_nothing_runs(tmp_path, monkeypatch):
     (tmp_path / "text.pt").write_text("hello")
     torch.save({"model": Payload()}, "evil.pt")
     torch.save({"something": torch.ones(2)}, "other.pt")
-    for name in ("cut.pt", "text.pt", "evil.pt", "other.pt", "none.pt"):
+    torch.save({"brixel": {}, "model": {"a": torch.ones(1).expand(10**6, 10**6)}}, "huge.pt")
+    torch.save({"brixel": {"scale": torch.ones(2)}, "model": {"a": torch.ones(1)}}, "odd.pt")
+    for name in ("cut.pt", "text.pt", "evil.pt", "other.pt", "none.pt", "huge.pt", "odd.pt"):
         with pytest.raises(BrixelError, match=name):
             brixel.load(name, backbone=Toy())
     assert not (tmp_path / "brixel_payload_ran").exists()
+
+
+def test_checkpoint_of_another_backbone_of_the_same_size_is_refused(tmp_path):
+    brixel.Brixel(brixel.load_backbone("dinov3_vits16", None)).save(tmp_path / "out.pt", command="brixel.py --backbone dinov3_vits16")
+    with pytest.raises(BrixelError, match="trained for backbone dinov3_vits16 .*--backbone dinov3_vits16.*not for timm:vit_small"):
+        brixel.load(tmp_path / "out.pt", backbone="timm:vit_small_patch16_dinov3", weights="none")
 
 
 def test_released_checkpoint_without_backbone_asks_for_it(tmp_path):

@@ -234,6 +234,40 @@ def test_photos_that_are_mostly_unreadable_stop_the_run(in_process, photos, tmp_
     assert "more than half" in error_of(in_process, *SMALL, "--data_dir", photos, "--out", tmp_path / "out.pt", "--max_steps", 40)
 
 
+def test_run_whose_held_out_photos_cannot_be_read_still_ends_well(in_process, photos, tmp_path, capsys):
+    import data
+
+    _, held_out = data.split(8, 0.2)
+    for i in held_out:
+        (photos / f"{i}.jpg").write_bytes(b"no")
+    in_process(*SMALL, "--data_dir", photos, "--out", tmp_path / "out.pt", "--max_steps", 2)
+    output = capsys.readouterr().out
+    assert "on 0 held-out photos" in output and "2 unreadable" in output and not (tmp_path / "out.png").exists()
+
+
+def test_resuming_another_run_does_not_overwrite_this_one(in_process, photos, tmp_path):
+    common = [*SMALL, "--data_dir", photos, "--max_steps", 1, "--save_every", 1]
+    in_process(*common, "--out", tmp_path / "a.pt")
+    in_process(*common, "--out", tmp_path / "b.pt")
+    assert "exist" in error_of(in_process, *common, "--out", tmp_path / "b.pt", "--resume", tmp_path / "a.state" / "step_0000001")
+
+
+@pytest.mark.parametrize("args, sentence", [
+    (["--export", "x.onnx"], "--export needs a checkpoint"),
+    (["--export", "x.onnx", "--ckpt", "out.pt", "--export_size", "256"], "--export_size 256 256"),
+    (["--export", "x.onnx", "--ckpt", "out.pt", "--export_size", "250", "256"], "nearest valid size is 256 x 256"),
+    (["--export", "x.onnx", "--ckpt", "none.pt"], "none.pt")])
+def test_export_mistakes_are_one_sentence(in_process, tmp_path, monkeypatch, args, sentence):
+    monkeypatch.chdir(tmp_path)
+    brixel.Brixel(brixel.load_backbone("timm:test_vit", None)).save("out.pt")
+    assert sentence in error_of(in_process, *args) and [p.name for p in tmp_path.iterdir()] == ["out.pt"]
+
+
+def test_missing_tracker_is_said(in_process, photos, tmp_path):
+    assert "report_to wandb: that package is not installed" in error_of(
+        in_process, *SMALL, "--data_dir", photos, "--out", tmp_path / "out.pt", "--report_to", "wandb")
+
+
 @pytest.mark.parametrize("extra", [["--scale", 2, "--teacher_size", 64], ["--scale", 8, "--teacher_size", 256, "--min_side", 64], ["--crop", "center"],
                                    ["--mixed_precision", "bf16"]])
 def test_other_scales_crops_and_precisions_train(in_process, photos, tmp_path, extra):

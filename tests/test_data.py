@@ -90,6 +90,22 @@ def test_reduced_decoding_of_a_large_jpeg_gives_the_same_picture():
     assert (fast - slow).abs().mean() < 3
 
 
+def test_damaged_exif_does_not_matter():
+    rng, image = random.Random(0), gradient(90, 70)
+    exif = image.getexif()
+    for tag in (data.ORIENTATION, 0x011A, 0x0131, 0x8298):
+        exif[tag] = {data.ORIENTATION: 6, 0x011A: 72.0}.get(tag, "some text")
+    good = saved(image, "JPEG", exif=exif).getvalue()
+    for _ in range(300):
+        damaged = bytearray(good)
+        for _ in range(rng.randrange(1, 12)):
+            damaged[rng.randrange(20, 160)] ^= 1 << rng.randrange(8)
+        try:
+            assert data.read_crop(io.BytesIO(damaged), 32).shape == (3, 32, 32)
+        except data.PhotoError as error:
+            assert error.kind == "unreadable"
+
+
 @pytest.mark.parametrize("content, reason", [(b"", "cannot identify"), (b"just text", "cannot identify"), ("cut", "truncated")])
 def test_broken_files_say_why(content, reason):
     if content == "cut":
@@ -197,6 +213,9 @@ def test_damaged_tars_and_members_are_left_out_with_a_reason(shards):
     shard(shards / "00003.tar", [("../../up.jpg", saved(gradient(90, 90), "JPEG").getvalue()), ("bad.jpg", b"text")])
     index = data.PhotoIndex(shards)
     assert len(index) == 6 and sorted(os.path.basename(tar) for tar in index.bad) == ["00001.tar", "00002.tar"]
+    (shards / "00004.tar").symlink_to(shards / "nowhere.tar")
+    assert len(data.PhotoIndex(shards, shards / "index.npz")) == 6
+    assert len(data.PhotoIndex(shards, shards / "index.npz")) == 6 and len(data.PhotoIndex(shards).bad) == 3
     assert "damaged header at byte" in index.bad[str(shards / "00001.tar")]
     with pytest.raises(data.PhotoError):
         data.read_crop(index.open(5), 32)
