@@ -41,7 +41,6 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -60,27 +59,21 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # mean, std of an RGB
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
-@dataclass(frozen=True)
-class Spec:
-    """One row of the registry. The row's mean and std decide, not the library's."""
-    source: str                     # library:model
-    norm: tuple | None = None       # (mean, std); None: what the library's own configuration says
-
-
+# alias: (library:model, (mean, std)); the row's mean and std decide, not the library's.
 # timm's `_qkvb` models keep the q and v biases of Meta's DINOv3; its plain `_dinov3` models drop them.
 BACKBONES = {
-    "dinov3_vits16": Spec("timm:vit_small_patch16_dinov3_qkvb.lvd1689m", IMAGENET),
-    "dinov3_vits16plus": Spec("timm:vit_small_plus_patch16_dinov3_qkvb.lvd1689m", IMAGENET),
-    "dinov3_vitb16": Spec("timm:vit_base_patch16_dinov3_qkvb.lvd1689m", IMAGENET),
-    "dinov3_vitl16": Spec("timm:vit_large_patch16_dinov3_qkvb.lvd1689m", IMAGENET),
-    "dinov3_vith16plus": Spec("timm:vit_huge_plus_patch16_dinov3_qkvb.lvd1689m", IMAGENET),
-    "siglip2": Spec("open_clip:ViT-B-16-SigLIP2-256/webli", HALF),
-    "pe": Spec("timm:vit_pe_core_base_patch16_224.fb", HALF),
-    "pe_spatial": Spec("timm:vit_pe_spatial_base_patch16_512.fb", HALF),
-    "dinov2_vits14": Spec("timm:vit_small_patch14_dinov2.lvd142m", IMAGENET),
-    "dinov2_vitb14": Spec("timm:vit_base_patch14_dinov2.lvd142m", IMAGENET),
-    "dinov2_vitl14": Spec("timm:vit_large_patch14_dinov2.lvd142m", IMAGENET),
-    "sample": Spec("timm:vit_small_patch14_dinov2.lvd142m", IMAGENET),
+    "dinov3_vits16": ("timm:vit_small_patch16_dinov3_qkvb.lvd1689m", IMAGENET),
+    "dinov3_vits16plus": ("timm:vit_small_plus_patch16_dinov3_qkvb.lvd1689m", IMAGENET),
+    "dinov3_vitb16": ("timm:vit_base_patch16_dinov3_qkvb.lvd1689m", IMAGENET),
+    "dinov3_vitl16": ("timm:vit_large_patch16_dinov3_qkvb.lvd1689m", IMAGENET),
+    "dinov3_vith16plus": ("timm:vit_huge_plus_patch16_dinov3_qkvb.lvd1689m", IMAGENET),
+    "siglip2": ("open_clip:ViT-B-16-SigLIP2-256/webli", HALF),
+    "pe": ("timm:vit_pe_core_base_patch16_224.fb", HALF),
+    "pe_spatial": ("timm:vit_pe_spatial_base_patch16_512.fb", HALF),
+    "dinov2_vits14": ("timm:vit_small_patch14_dinov2.lvd142m", IMAGENET),
+    "dinov2_vitb14": ("timm:vit_base_patch14_dinov2.lvd142m", IMAGENET),
+    "dinov2_vitl14": ("timm:vit_large_patch14_dinov2.lvd142m", IMAGENET),
+    "sample": ("timm:vit_small_patch14_dinov2.lvd142m", IMAGENET),
 }
 BACKBONES["dinov3"] = BACKBONES["dinov3_vitb16"]
 
@@ -182,8 +175,8 @@ def load_backbone(name, weights="pretrained"):
     Raises: BrixelError for an unknown name, a file that does not fit, or a download that fails.
     """
     name = canonical(name)
-    spec = BACKBONES.get(name) or Spec(name)
-    library, _, model = spec.source.partition(":")
+    source, norm = BACKBONES.get(name, (name, None))              # None: mean and std as the library says
+    library, _, model = source.partition(":")
     build = {"timm": build_timm, "hf": build_transformers, "open_clip": build_open_clip}.get(library)
     if build is None or not model:
         raise BrixelError(f"unknown backbone {name!r}; known: {', '.join(sorted(BACKBONES))}, and "
@@ -192,7 +185,7 @@ def load_backbone(name, weights="pretrained"):
     file = sample_weights() if (name, weights) == ("sample", "pretrained") else weights
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)     # random weights are the same at every call
-        backbone = build(name, model, None if file == "none" else file, spec.norm)
+        backbone = build(name, model, None if file == "none" else file, norm)
     backbone.weights = str(weights)                # a checkpoint says what to load again
     return backbone
 
@@ -972,30 +965,37 @@ def precision(cfg):
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
 
 
-def check_settings(cfg, backbone):
-    """Refuse impossible settings in one sentence, before anything is read or written."""
-    def need(fine, key, rule):
-        if not fine:
-            raise BrixelError(f"{key} {getattr(cfg, key)!r} {rule} (--{key})")
+def need(cfg, fine, key, rule):
+    """Refuse setting `key` of `cfg` in one sentence unless `fine`."""
+    if not fine:
+        raise BrixelError(f"{key} {getattr(cfg, key)!r} {rule} (--{key})")
 
+
+def need_precision(cfg):
+    need(cfg, cfg.mixed_precision in ("auto", "no", "fp16", "bf16"), "mixed_precision", "is not one of auto, no, fp16, bf16")
+    need(cfg, cfg.mixed_precision != "fp16" or torch.cuda.is_available(), "mixed_precision", "needs a GPU")
+
+
+def check_settings(cfg, backbone):
+    """Refuse impossible settings before anything is read or written."""
+    need_precision(cfg)
     for key, allowed in {"scale": (2, 4, 8), "crop": ("random", "center"),
-                         "lr_schedule": ("constant", "cosine"), "mixed_precision": ("auto", "no", "fp16", "bf16"),
+                         "lr_schedule": ("constant", "cosine"),
                          "report_to": ("none", "tensorboard", "wandb")}.items():
-        need(getattr(cfg, key) in allowed, key, f"is not one of {', '.join(map(str, allowed))}")
+        need(cfg, getattr(cfg, key) in allowed, key, f"is not one of {', '.join(map(str, allowed))}")
     for key in ("max_steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_every", "keep_states"):
-        need(getattr(cfg, key) >= 1, key, "must be 1 or more")
+        need(cfg, getattr(cfg, key) >= 1, key, "must be 1 or more")
     for key in ("lr", "warmup_lr", "warmup_epochs", "lambda_edge", "lambda_spectral", "cache_crops", "num_workers", "seed"):
-        need(getattr(cfg, key) >= 0, key, "must not be negative")
+        need(cfg, getattr(cfg, key) >= 0, key, "must not be negative")
     side = cfg.scale * backbone.patch_size
     smallest = -(-32 // backbone.patch_size) * side
     nearest = max(smallest, round(cfg.teacher_size / side) * side)
-    need(cfg.teacher_size == nearest, "teacher_size", f"must be a multiple of scale x patch size = {cfg.scale} x "
+    need(cfg, cfg.teacher_size == nearest, "teacher_size", f"must be a multiple of scale x patch size = {cfg.scale} x "
          f"{backbone.patch_size} = {side}, and at least {smallest}; nearest: {nearest}")
-    need(1 <= cfg.k <= backbone.embed_dim, "k", f"must lie between 1 and the width {backbone.embed_dim}")
-    need(cfg.seed < 2**32, "seed", "must be below 2^32")
-    need(0 < cfg.crop_min <= 1, "crop_min", "must lie in (0, 1]")
-    need(0 <= cfg.drop_path < 1, "drop_path", "must lie in [0, 1)")
-    need(cfg.mixed_precision != "fp16" or torch.cuda.is_available(), "mixed_precision", "needs a GPU")
+    need(cfg, 1 <= cfg.k <= backbone.embed_dim, "k", f"must lie between 1 and the width {backbone.embed_dim}")
+    need(cfg, cfg.seed < 2**32, "seed", "must be below 2^32")
+    need(cfg, 0 < cfg.crop_min <= 1, "crop_min", "must lie in (0, 1]")
+    need(cfg, 0 <= cfg.drop_path < 1, "drop_path", "must lie in [0, 1)")
 
 
 def beside(cfg, suffix):

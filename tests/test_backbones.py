@@ -81,8 +81,8 @@ def test_registry_names_exist_with_pretrained_weights():
     import open_clip
     import timm
 
-    for spec in brixel.BACKBONES.values():
-        library, name = spec.source.split(":")
+    for source, _ in brixel.BACKBONES.values():
+        library, name = source.split(":")
         if library == "timm":
             assert name in timm.list_pretrained()
         else:
