@@ -995,6 +995,7 @@ def check_settings(cfg, backbone):
     need(cfg, 1 <= cfg.k <= backbone.embed_dim, "k", f"must lie between 1 and the width {backbone.embed_dim}")
     need(cfg, cfg.seed < 2**32, "seed", "must be below 2^32")
     need(cfg, 0 < cfg.crop_min <= 1, "crop_min", "must lie in (0, 1]")
+    need(cfg, len(cfg.color_jitter) == 4 and min(cfg.color_jitter) >= 0, "color_jitter", "needs 4 numbers, 0 or more")
     need(cfg, 0 <= cfg.drop_path < 1, "drop_path", "must lie in [0, 1)")
 
 
@@ -1158,7 +1159,8 @@ def train(cfg):
     draws, left_out = cfg.max_steps * per_step, data.LeftOut(photos, accelerator)
     options = dict(num_workers=cfg.num_workers, worker_init_fn=data.ignore_signals, pin_memory=device.type == "cuda",
                    generator=torch.Generator())                   # its own, so that a loader does not disturb an exact resume
-    stream = data.Photos(photos, train_ids, cfg.cache_crops or draws, cfg.seed, cfg.teacher_size, min_side, cfg.crop, cfg.crop_min)
+    stream = data.Photos(photos, train_ids, cfg.cache_crops or draws, cfg.seed, cfg.teacher_size, min_side,
+                         cfg.crop, cfg.crop_min, cfg.color_jitter)
     if cfg.cache_crops:
         maps = cached_maps(model, DataLoader(stream, 1, collate_fn=data.collate, **options), left_out, accelerator)
         stream = data.Cached(maps, draws, cfg.seed)

@@ -199,6 +199,20 @@ def read_crop(file, size, min_side=0, rng=None, crop_min=0.5):
     return pil_to_tensor(ImageOps.mirror(crop) if rng and rng.random() < 0.5 else crop)
 
 
+def color_jitter(image, strengths, rng):
+    """A (3, H, W) uint8 image with brightness, contrast, saturation and hue changed at random, in random order."""
+    from torchvision.transforms import functional as TF
+
+    *factors, hue = strengths
+    changes = [(change, rng.uniform(1 - s, 1 + s)) for s, change in
+               zip(factors, (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation), strict=True)]
+    changes.append((TF.adjust_hue, rng.uniform(-hue, hue)))
+    rng.shuffle(changes)
+    for change, amount in changes:
+        image = change(image, amount)
+    return image
+
+
 class Stream(Dataset):
     """Endless draws from `ids`, reshuffled every epoch.  Draw n is a pure function of n, the ids and the seed: the same for
     any number of workers and processes, and wherever a run is resumed."""
@@ -218,14 +232,17 @@ class Stream(Dataset):
 
 
 class Photos(Stream):
-    """Crops of photos i in ids of a PhotoIndex.   crop: "random" or "center".   size, min_side, crop_min: as in read_crop.
+    """Crops of photos i in ids of a PhotoIndex.
+
+    crop: "random" or "center".   size, min_side, crop_min: as in read_crop.   jitter: strengths, as in color_jitter.
 
     Item: ((3, size, size) uint8, left_out): left_out lists (name, kind, reason) of photos met for the first time that cannot
     be used; the next one in order takes their place.  The crop is None if none can be used.
     """
 
-    def __init__(self, photos, ids, draws, seed, size, min_side=0, crop="random", crop_min=0.5):
+    def __init__(self, photos, ids, draws, seed, size, min_side=0, crop="random", crop_min=0.5, jitter=(0,)):
         super().__init__(ids, draws, seed)
+        self.jitter = jitter if any(jitter) else None
         self.photos, self.size, self.min_side, self.crop, self.crop_min = photos, size, min_side, crop, crop_min
         self.bad = set()
 
@@ -235,9 +252,10 @@ class Photos(Stream):
             i = self.pick(n, attempt)
             if i in self.bad:
                 continue
-            rng = random.Random(f"{self.seed}/{n}") if self.crop == "random" else None
+            rng = random.Random(f"{self.seed}/{n}")
             try:
-                return read_crop(self.photos.open(i), self.size, self.min_side, rng, self.crop_min), left_out
+                crop = read_crop(self.photos.open(i), self.size, self.min_side, rng if self.crop == "random" else None, self.crop_min)
+                return color_jitter(crop, self.jitter, rng) if self.jitter else crop, left_out
             except PhotoError as error:
                 self.bad.add(i)
                 left_out.append((self.photos.name(i), error.kind, str(error)))

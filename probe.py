@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import brixel
-from data import ADE20K, IGNORE, NAVI, NYU, Benchmark, Cityscapes, PhotoIndex, open_photo
+from data import ADE20K, IGNORE, NAVI, NYU, Benchmark, Cityscapes, PhotoIndex, color_jitter, open_photo
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Readouts
@@ -259,20 +259,6 @@ TASKS = {
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. Frozen features
-
-def color_jitter(image, strengths, rng):
-    """A (3, H, W) uint8 image with brightness, contrast, saturation and hue changed at random, in random order."""
-    from torchvision.transforms import functional as TF
-
-    *factors, hue = strengths
-    changes = [(change, rng.uniform(1 - s, 1 + s)) for s, change in
-               zip(factors, (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation), strict=True)]
-    changes.append((TF.adjust_hue, rng.uniform(-hue, hue)))
-    rng.shuffle(changes)
-    for change, amount in changes:
-        image = change(image, amount)
-    return image
-
 
 class Features:
     """Batches of frozen features with their targets. What fits into memory is computed, or at least decoded, once.

@@ -336,8 +336,8 @@ def test_two_processes_equal_one(benchmarks, task):
     (["--task", "ade20k", "--epochs", "many"], "invalid int value: 'many'"),
     (["--task", "navi", "--split", "test"], "unknown split 'test'; known: paper, dataset, probe3d"),
     (["--task", "ade20k", "--mixed_precision", "fp8"], "is not one of auto, no, fp16, bf16"),
-    (["--task", "navi", "--color_jitter", "0"], "color_jitter needs 4 numbers"),
-    (["--task", "ade20k", "--size", "8"], "size 8 must be 32 or more"),
+    (["--task", "navi", "--color_jitter", "0"], "needs 4 numbers"),
+    (["--task", "ade20k", "--size", "8"], "must be 32 or more (--size)"),
 ])
 def test_mistakes_are_one_sentence_and_exit_code_2(flags, sentence, capsys):
     with pytest.raises(SystemExit) as stop:
