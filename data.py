@@ -92,15 +92,18 @@ class PhotoIndex:
     """
 
     def __init__(self, data_dir, cache=None):
-        files = fetch("scikit-image==0.26.0", SAMPLE_PHOTOS) if data_dir == "sample" else []
-        for path in [] if files else expand(str(data_dir)):
-            inside = sorted(os.path.join(folder, n) for folder, _, names in os.walk(path) for n in names)
-            files += inside or [path]
+        if data_dir == "sample":
+            files = fetch("scikit-image==0.26.0", SAMPLE_PHOTOS)
+        else:
+            roots, files = expand(str(data_dir)), []
+            if not roots:
+                raise BrixelError(f"no such folder: {os.path.abspath(data_dir)}; set --data_dir (or --data_dir sample)")
+            for root in roots:
+                inside = sorted(os.path.join(folder, n) for folder, _, names in os.walk(root) for n in names)
+                files += inside or [root]
         self.files = [str(f) for f in files if str(f).lower().endswith(IMAGE_SUFFIXES)]
         self.tars, self.bad = [f for f in files if str(f).endswith(".tar")], {}
         self.members = self.index_tars(cache) if self.tars else np.zeros((0, 3), np.int64)      # tar number, offset, size
-        if not files and data_dir != "sample" and not expand(str(data_dir)):
-            raise BrixelError(f"no such folder: {os.path.abspath(data_dir)}; set --data_dir (or --data_dir sample)")
         if self.bad and not len(self):
             raise BrixelError(f"none of the {len(self.bad)} tar files can be read, first: {' '.join(next(iter(self.bad.items())))}")
         if not len(self):
