@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import math
@@ -95,7 +96,7 @@ def check_size(H, W, patch_size):
 def as_map(tokens, image, patch_size):
     """(B, N, C), class and register tokens first -> patch tokens as (B, C, h, w), the same memory."""
     h, w = image.shape[-2] // patch_size, image.shape[-1] // patch_size
-    return tokens[:, -h * w:].transpose(1, 2).unflatten(2, (h, w))
+    return tokens[:, -h * w:].unflatten(1, (h, w)).permute(0, 3, 1, 2)
 
 
 class Backbone(nn.Module):
@@ -368,12 +369,17 @@ def cache_dir():
 
 @contextlib.contextmanager
 def atomic(path):
-    """Yield a temporary name beside `path`; rename it to `path` if all went well, else remove it."""
+    """Yield a temporary name beside `path`; rename it to `path` if all went well, else remove it.
+
+    Raises: BrixelError if the file system refuses: no room, no permission.
+    """
     path = Path(path)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        raise BrixelError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -519,15 +525,16 @@ class DeformableAttention(nn.Module):
         _, h, w, _ = tokens.shape
         M, P = self.heads, self.points
         value = self.value(tokens).view(B, h, w, M, -1).permute(0, 3, 4, 1, 2).flatten(0, 1)   # (B*M, D/2M, h, w)
-        offsets = self.offsets(query).view(B, qh * qw, M, P, 2).transpose(1, 2)                # (B, M, N, P, 2)
+        offsets = self.offsets(query).view(B, qh * qw, M, P, 2).permute(0, 2, 3, 1, 4)         # (B, M, P, N, 2)
         y = (torch.arange(qh, device=query.device) + 0.5) / qh                          # query cell centers in [0, 1]
         x = (torch.arange(qw, device=query.device) + 0.5) / qw
-        center = torch.stack([x.repeat(qh), y.repeat_interleave(qw)], -1)[:, None]             # (N, 1, 2), xy
-        grid = 2 * (center + offsets * offsets.new_tensor([1 / w, 1 / h])) - 1                 # (B, M, N, P, 2)
-        sampled = F.grid_sample(value, grid.flatten(0, 1).to(value.dtype), align_corners=False)  # (B*M, D/2M, N, P)
-        weights = self.weights(query).view(B, qh * qw, M, P).softmax(-1).transpose(1, 2).flatten(0, 1)
-        out = (sampled * weights[:, None]).sum(-1)                                             # (B*M, D/2M, N)
-        return self.output(out.view(B, -1, qh * qw).transpose(1, 2)).view(B, qh, qw, -1)
+        center = torch.stack([x.repeat(qh), y.repeat_interleave(qw)], -1)                      # (N, 2), xy
+        grid = 2 * (center + offsets * offsets.new_tensor([1 / w, 1 / h])) - 1                 # (B, M, P, N, 2)
+        sampled = F.grid_sample(value, grid.flatten(0, 1).to(value.dtype), align_corners=False)  # (B*M, D/2M, P, N)
+        # Sums over the points with the queries innermost are vectorized; over four neighbors in memory they are not.
+        weights = self.weights(query).view(B, qh * qw, M, P).permute(0, 2, 3, 1).softmax(2).flatten(0, 1)
+        out = (sampled * weights[:, None]).sum(2)                                              # (B*M, D/2M, N)
+        return self.output(out.view(B, -1, qh * qw).transpose(1, 2).contiguous()).view(B, qh, qw, -1)
 
 
 class ConvFFN(nn.Module):
@@ -588,7 +595,9 @@ class Adapter(nn.Module):
         query = c2 + self.level_embed
         for extractor, tokens in zip(self.extractors, [*layers, layers[-1], layers[-1]]):
             query = extractor(query, tokens)
-        return nhwc(self.norm(nchw(c1 + resize(query, c1.shape[1:3]))))
+        x = resize(query, c1.shape[1:3])
+        x += c1                                    # in place: on a CPU fresh memory takes longer than the sum
+        return nhwc(self.norm(nchw(x)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -647,8 +656,9 @@ class Upsampler(nn.Module):
         layers = [nhwc(layer) for layer in layers]
         _, h, w, _ = layers[-1].shape
         skip = resize(layers[-1], (h // 2, w // 2)) if self.skip == "half" else layers[-1]
-        x = self.head(self.adapter(image, layers))
-        return nchw(x + resize(skip, (self.scale * h, self.scale * w)))
+        x = resize(skip, (self.scale * h, self.scale * w))
+        x += self.head(self.adapter(image, layers))
+        return nchw(x)
 
 
 class Brixel(nn.Module):
@@ -707,12 +717,14 @@ class Brixel(nn.Module):
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.upsampler.state_dict().items()}
         settings = {**self.settings, **info}
         settings["crc32"] = checksum(tensors, settings)
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import save
+            content = save(tensors, metadata={"brixel": json.dumps(settings)})
+        else:
+            torch.save({"brixel": settings, "model": tensors}, buffer := io.BytesIO())
+            content = buffer.getvalue()
         with atomic(path) as temporary:
-            if str(path).endswith(".safetensors"):
-                from safetensors.torch import save_file
-                save_file(tensors, temporary, metadata={"brixel": json.dumps(settings)})
-            else:
-                torch.save({"brixel": settings, "model": tensors}, temporary)
+            temporary.write_bytes(content)
 
     def push_to_hub(self, repo_id, **kwargs):
         """Upload brixel.safetensors to the Hugging Face Hub; `brixel.load(repo_id)` reads it back."""
@@ -829,6 +841,19 @@ def l1_loss(student, teacher):
     return F.l1_loss(student.float(), teacher.float())
 
 
+def leading_eigenvectors(matrix, k, iterations=4):
+    """The k eigenvectors of largest eigenvalue of a symmetric (C, C) matrix, largest first: (C, k), orthonormal.
+
+    Subspace iteration from 3k fixed random directions, then Rayleigh-Ritz: eigh of 3k x 3k numbers in place of C x C, which
+    on a GPU would take longer than the student.  On maps of DINOv2 the edge loss differs by less than 2e-5 from that of eigh.
+    """
+    start = torch.randn(len(matrix), min(3 * k, len(matrix)), generator=torch.Generator().manual_seed(0))
+    basis = start.to(matrix)
+    for _ in range(iterations):
+        basis = torch.linalg.qr(matrix @ basis).Q                                       # (C, 3k)
+    return basis @ torch.linalg.eigh(basis.T @ matrix @ basis).eigenvectors[:, -k:].flip(1)
+
+
 @torch.no_grad()
 def principal_components(teacher, k=8, total=lambda x: x):
     """The k directions of highest variance of the teacher's tokens: P of Eq. 2.
@@ -842,7 +867,7 @@ def principal_components(teacher, k=8, total=lambda x: x):
     tokens = tokens - total(tokens.sum(0)) / count
     covariance = total(tokens.T @ tokens) / count                                                     # (C, C)
     # nan_to_num: a non-finite teacher shall show as a non-finite loss, not as an exception out of eigh
-    return torch.linalg.eigh(covariance.nan_to_num(0, 0, 0)).eigenvectors[:, -k:].flip(1)
+    return leading_eigenvectors(covariance.nan_to_num(0, 0, 0), k)
 
 
 def edge_loss(student, teacher, k=8, components=None):
@@ -934,14 +959,13 @@ def upsampling_errors(student, teacher, components=None):
 
 @torch.no_grad()
 def evaluate(model, held_out, accelerator, left_out, k=8):
-    """Mean errors of bilinear upsampling and of BRIXEL over the held-out photos, which the processes share out.
+    """Mean errors of bilinear upsampling and of BRIXEL over the held-out photos.   held_out: this process's share of them.
 
     Returns: {"bilinear l1": float, ..., "brixel cosine": float, "photos": int}; only "photos" if none can be read.
     """
     model.eval()
     sums = torch.zeros(9, device=accelerator.device)
-    for n in range(accelerator.process_index, len(held_out), accelerator.num_processes):
-        image, bad = held_out[n]
+    for image, bad in held_out:
         left_out.add(bad)
         if image is None:
             continue
@@ -1043,9 +1067,12 @@ def start_log(cfg, start):
 def write_log(path, accelerator, step, record):
     """Append a line to out.jsonl (main process only: path is None elsewhere) and hand it to the trackers."""
     accelerator.log(record, step=step)
-    if path:
-        with open(path, "a") as file:
-            file.write(json.dumps({"step": step, **record}) + "\n")
+    try:
+        if path:
+            with open(path, "a") as file:
+                file.write(json.dumps({"step": step, **record}) + "\n")
+    except OSError as error:
+        raise BrixelError(f"cannot write {path}: {error.strerror}; make room and continue with --resume latest") from error
 
 
 MAY_CHANGE = {"max_steps", "resume", "overwrite", "out", "preset", "batch_size", "num_workers", "compile", "log_every",
@@ -1115,10 +1142,53 @@ def cached_maps(model, loader, left_out, accelerator):
     return maps
 
 
-def train(cfg):
-    """Distil the frozen teacher at full size into a student that sees 1 / scale of it.  Writes --out and files beside it."""
+def prepare(cfg, backbone):
+    """The model under Accelerate.
+
+    Returns: the Accelerator; Brixel on its device; its upsampler as it trains (compiled, distributed); the optimizer.
+    """
     from accelerate import Accelerator, DataLoaderConfiguration
     from accelerate.utils import set_seed
+
+    accelerator = Accelerator(mixed_precision=precision(cfg), dynamo_backend="inductor" if cfg.compile else None,
+                              log_with=None if cfg.report_to == "none" else cfg.report_to,
+                              project_dir=Path(cfg.out).absolute().parent,
+                              dataloader_config=DataLoaderConfiguration(non_blocking=True))
+    set_seed(cfg.seed)                                            # the same initial weights everywhere,
+    model = Brixel(backbone, cfg.scale, drop_path=cfg.drop_path).to(accelerator.device).train()
+    set_seed(cfg.seed, device_specific=True)                      # but not the same stochastic depth
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        model.upsampler = nn.SyncBatchNorm.convert_sync_batchnorm(model.upsampler)
+    optimizer = torch.optim.Adam(model.upsampler.parameters(), lr=cfg.lr, fused=True)
+    return accelerator, model, *accelerator.prepare(model.upsampler, optimizer)
+
+
+def train_step(micro, upsampler, optimizer, accelerator, cfg):
+    """One optimizer step, without waiting for the device.   micro: what frozen_pass gives, for each accumulated batch.
+
+    Returns: (5,) on the device: the loss and its three terms, means over all processes, and 1 if a non-finite loss or
+    gradient kept the step from being applied, else 0.
+    """
+    components = principal_components([teacher for *_, teacher in micro], cfg.k, accelerator.reduce)
+    values = 0
+    for i, (small, layers, teacher) in enumerate(micro):
+        with accelerator.no_sync(upsampler) if i + 1 < len(micro) else contextlib.nullcontext():
+            loss, terms = brixel_loss(upsampler(small, layers), teacher, cfg.lambda_edge, cfg.lambda_spectral,
+                                      components=components)
+            accelerator.backward(loss / len(micro))
+        values += torch.stack([loss, *terms.values()]).detach() / len(micro)
+    values = accelerator.reduce(values, "mean")
+    scaler = accelerator.scaler      # of fp16: it skips steps of too large gradients and lowers its scale, until nothing is left
+    norm = 0 if scaler else nn.utils.get_total_norm([p.grad for p in upsampler.parameters()])
+    bad = ~torch.isfinite(values[0] + norm) | bool(scaler and scaler.get_scale() < 1)
+    optimizer.optimizer.found_inf = bad.float()     # fused Adam skips the step on the device; the host need not know
+    optimizer.step()
+    optimizer.zero_grad()
+    return torch.cat([torch.where(bad, 0, values), bad.float()[None]])
+
+
+def train(cfg):
+    """Distil the frozen teacher at full size into a student that sees 1 / scale of it.  Writes --out and files beside it."""
     from torch.utils.data import DataLoader
     from tqdm import tqdm
 
@@ -1128,31 +1198,22 @@ def train(cfg):
     check_out(cfg)
     backbone = load_backbone(cfg.backbone, cfg.weights)
     check_settings(cfg, backbone)
-    photos = data.PhotoIndex(cfg.data_dir, beside(cfg, ".index.npz"))
-    train_ids, val_ids = data.split(len(photos), cfg.val_share)
-    accelerator = Accelerator(mixed_precision=precision(cfg), dynamo_backend="inductor" if cfg.compile else None,
-                              log_with=None if cfg.report_to == "none" else cfg.report_to,
-                              project_dir=Path(cfg.out).absolute().parent,
-                              dataloader_config=DataLoaderConfiguration(non_blocking=True))
-    accelerator.init_trackers("brixel", config={key: str(value) for key, value in vars(cfg).items()})
-    if cfg.report_to != "none" and accelerator.is_main_process and not accelerator.trackers:
-        raise BrixelError(f"report_to {cfg.report_to}: that package is not installed (--report_to none)")
+    accelerator, model, upsampler, optimizer = prepare(cfg, backbone)
     device, world, main = accelerator.device, accelerator.num_processes, accelerator.is_main_process
-    set_seed(cfg.seed)                                            # the same initial weights everywhere,
-    model = Brixel(backbone, cfg.scale, drop_path=cfg.drop_path).to(device).train()
-    set_seed(cfg.seed, device_specific=True)                      # but not the same stochastic depth
-    if world > 1 and device.type == "cuda":
-        model.upsampler = nn.SyncBatchNorm.convert_sync_batchnorm(model.upsampler)
-    params = list(model.upsampler.parameters())
-    upsampler, optimizer = accelerator.prepare(model.upsampler, torch.optim.Adam(params, lr=cfg.lr, fused=True))
+    with accelerator.main_process_first():                        # which writes the index of tar shards
+        photos = data.PhotoIndex(cfg.data_dir, beside(cfg, ".index.npz"))
+    train_ids, val_ids = data.split(len(photos), cfg.val_share)
+    accelerator.init_trackers("brixel", config={key: str(value) for key, value in vars(cfg).items()})
+    if cfg.report_to != "none" and main and not accelerator.trackers:
+        raise BrixelError(f"report_to {cfg.report_to}: that package is not installed (--report_to none)")
     start = load_state(accelerator, cfg, len(photos)) if cfg.resume else 0
     log = start_log(cfg, start) if main else None
     accelerator.print(f"settings: {json.dumps(vars(cfg))}")
     accelerator.print(
         f"{backbone.name}: patch {backbone.patch_size}, width {backbone.embed_dim}; teacher {cfg.teacher_size} px, student "
-        f"{cfg.teacher_size // cfg.scale} px; {sum(p.numel() for p in params):,} trainable parameters; {device.type}, precision "
-        f"{accelerator.mixed_precision}; batch {cfg.batch_size} x {world} processes x {cfg.grad_accum} accumulated; "
-        f"{len(photos)} photos, {len(val_ids)} of them held out")
+        f"{cfg.teacher_size // cfg.scale} px; {sum(p.numel() for p in upsampler.parameters()):,} trainable parameters; "
+        f"{device.type}, precision {accelerator.mixed_precision}; batch {cfg.batch_size} x {world} processes x "
+        f"{cfg.grad_accum} accumulated; {len(photos)} photos, {len(val_ids)} of them held out")
 
     # Data: one stream of draws, the same for any number of processes; each takes its share of every batch.
     per_step, min_side = cfg.batch_size * world * cfg.grad_accum, cfg.min_side or cfg.teacher_size
@@ -1166,7 +1227,8 @@ def train(cfg):
         stream = data.Cached(maps, draws, cfg.seed)
     loader = DataLoader(stream, cfg.batch_size, sampler=range(start * per_step, draws),
                         collate_fn=None if cfg.cache_crops else data.collate, **options)
-    held_out = data.HeldOut(photos, val_ids, cfg.teacher_size, min_side)
+    own = val_ids[accelerator.process_index::world]
+    held_out = DataLoader(data.HeldOut(photos, own, cfg.teacher_size, min_side), batch_size=None, **options)
 
     def frozen(batch):
         """(small, layers, teacher) of one batch: read from the cache, or computed now."""
@@ -1183,30 +1245,14 @@ def train(cfg):
         signal.signal(number, lambda number, _: signals.append(number))
     batches, clock, logged = iter(accelerator.prepare(loader)), time.time(), start
     sums = torch.zeros(5, device=device)                          # loss, its three terms, steps not applied
-    bad_run = worst_run = torch.zeros((), device=device)
+    bad_run = worst_run = torch.zeros((), device=device)          # such steps in a row, now and at most
     progress = tqdm(initial=start, total=cfg.max_steps, unit="step", disable=not main, dynamic_ncols=True)
     for step in range(start, cfg.max_steps):
-        micro = [frozen(next(batches)) for _ in range(cfg.grad_accum)]
-        components = principal_components([teacher for *_, teacher in micro], cfg.k, accelerator.reduce)
-        values = 0
-        for i, (small, layers, teacher) in enumerate(micro):
-            with accelerator.no_sync(upsampler) if i + 1 < cfg.grad_accum else contextlib.nullcontext():
-                loss, terms = brixel_loss(upsampler(small, layers), teacher, cfg.lambda_edge, cfg.lambda_spectral,
-                                          components=components)
-                accelerator.backward(loss / cfg.grad_accum)
-            values += torch.stack([loss, *terms.values()]).detach() / cfg.grad_accum
-        values = accelerator.reduce(values, "mean")
-        # A step with a non-finite loss or gradient is not applied.  Fused Adam skips it on the device (found_inf), so the
-        # host need not wait to know.  Under fp16 the gradient is the loss scaler's business.
-        norm = values[0] if accelerator.scaler else nn.utils.get_total_norm([p.grad for p in params])
-        bad = ~torch.isfinite(values[0] + norm)
-        optimizer.optimizer.found_inf = bad.float()
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, cfg, (cfg.cache_crops or len(train_ids)) / per_step)
-        optimizer.step()
-        optimizer.zero_grad()
-        sums += torch.cat([torch.where(bad, 0, values), bad.float()[None]])
-        bad_run = (bad_run + 1) * bad
+        values = train_step([frozen(next(batches)) for _ in range(cfg.grad_accum)], upsampler, optimizer, accelerator, cfg)
+        sums += values
+        bad_run = (bad_run + 1) * values[4]
         worst_run = torch.maximum(worst_run, bad_run)
         done = step + 1
         progress.update()
@@ -1219,9 +1265,9 @@ def train(cfg):
             progress.set_postfix_str(" ".join(f"{k} {v:.3g}" for k, v in list(record.items())[:5]))
             write_log(log, accelerator, done, record)
             if worst_run >= 3:
-                raise BrixelError(f"loss or gradient was not finite in 3 steps in a row before step {done} (last: loss "
-                                  f"{values[0]:.3g}, l1 {values[1]:.3g}, edge {values[2]:.3g}, spectral {values[3]:.3g}); they "
-                                  f"were not applied. Lower --lr or use --mixed_precision no; states: {beside(cfg, '.state')}")
+                raise BrixelError(f"loss or gradient was not finite in 3 steps in a row before step {done}; they were not "
+                                  f"applied (mean loss of the others {record['loss']:.3g}, l1 {record['l1']:.3g}). Lower --lr or "
+                                  f"use --mixed_precision no; states: {beside(cfg, '.state')}")
             sums, clock, logged = torch.zeros_like(sums), time.time(), done
         # One process looks at its signals after every step; several have to agree, which they do every 5 steps.
         stop = bool(signals) if world == 1 else done % 5 == 0 and accelerator.reduce(
@@ -1250,7 +1296,7 @@ def report(cfg, model, held_out, means, left_out):
     from probe import feature_row, write_panel
 
     device, written = next(model.upsampler.parameters()).device, [cfg.out, beside(cfg, ".jsonl")]
-    usable = (image for image, _ in map(held_out.__getitem__, range(len(held_out))) if image is not None)
+    usable = (image for image, _ in held_out if image is not None)
     rows = [feature_row(model, image[None].to(device)) for image in itertools.islice(usable, 4)]
     terms = ("l1", "edge", "spectral", "cosine")
     print(f"on {means['photos']} held-out photos:\n{'':10}" + "".join(f"{term:>10}" for term in terms))
@@ -1261,6 +1307,60 @@ def report(cfg, model, held_out, means, left_out):
             print(f"{row:10}" + "".join(f"{means[f'{row} {term}']:10.4f}" for term in terms))
     next_command = "" if cfg.check else f"; next: python probe.py --task pca --ckpt {cfg.out} --image PHOTO"
     print(f"wrote {', '.join(map(str, written))}; photos left out: {left_out}{next_command}")
+
+
+def bench(cfg):
+    """Speed and memory of cfg.max_steps training steps on random photos in memory: prints a line and a JSON line, writes nothing.
+
+    Each part is timed alone: teacher (frozen_pass), student and loss (forward and backward), optimizer.  The floor is the
+    time that the step's multiplications take at the speed of one large matrix product.  Medians.
+    """
+    import resource
+
+    from probe import gflops, milliseconds
+
+    backbone = load_backbone(cfg.backbone, cfg.weights)
+    check_settings(cfg, backbone)
+    accelerator, model, upsampler, optimizer = prepare(cfg, backbone)
+    device, cuda = accelerator.device, accelerator.device.type == "cuda"
+    image = torch.randint(256, (cfg.batch_size, 3, cfg.teacher_size, cfg.teacher_size), dtype=torch.uint8, device=device)
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    matrix = torch.randn(2 * [8192 if cuda else 2048], dtype=half, device=device)
+
+    def teacher():
+        with accelerator.autocast():
+            return frozen_pass(backbone, image, cfg.scale)
+
+    def student():
+        accelerator.backward(upsampler(small, layers).float().mean())
+
+    def loss():
+        total, _ = brixel_loss(output, target, cfg.lambda_edge, cfg.lambda_spectral, cfg.k)
+        total.backward()
+
+    def steps(n=5):
+        for _ in range(n):
+            train_step([teacher()], upsampler, optimizer, accelerator, cfg)
+
+    small, layers, target = teacher()
+    output = upsampler(small, layers).detach().float().requires_grad_()
+    flops = (gflops(teacher) + 3 * gflops(lambda: upsampler(small, layers))) * 1e9      # a backward pass is two forward ones
+    parts = {"teacher": teacher, "student": student, "loss": loss, "optimizer": optimizer.step}
+    ms = dict(zip(parts, milliseconds(parts.values(), max(cfg.max_steps // 5, 1))))
+    optimizer.zero_grad()
+    step, product = milliseconds([steps, lambda: matrix @ matrix], max(cfg.max_steps // 5, 1))
+    step, rate = step / 5, 2 * len(matrix)**3 / product * 1000
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    name = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
+    result = {"backbone": backbone.name, "teacher_size": cfg.teacher_size, "batch_size": cfg.batch_size, "device": name,
+              "precision": accelerator.mixed_precision, "torch": torch.__version__,
+              "images/s": cfg.batch_size * accelerator.num_processes / step * 1000,
+              "ms": {"step": step, **ms}, "peak_gib": peak / 2**30, "gflops_per_image": flops / cfg.batch_size / 1e9,
+              "matmul_tflops": rate / 1e12, "share_of_floor": flops / rate / step * 1000}
+    accelerator.print(
+        f"{result['images/s']:.3g} images/s; {step:.4g} ms a step: {', '.join(f'{k} {v:.4g}' for k, v in ms.items())}; "
+        f"peak memory {peak / 2**30:.3g} GiB; {result['share_of_floor']:.0%} of the arithmetic floor "
+        f"({result['gflops_per_image']:.4g} GFLOP an image at {rate / 1e12:.3g} TFLOP/s)\n{json.dumps(result)}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1372,9 +1472,11 @@ def main(argv=None):
             load(cfg.ckpt, *((cfg.backbone, cfg.weights) if released else ())).export_onnx(cfg.export, cfg.export_size)
             print(f"wrote {cfg.export}: image (batch, 3, {cfg.export_size[0]}, {cfg.export_size[1]}) -> features")
         else:
-            (check_run if cfg.check else train)(cfg)
+            (bench if cfg.bench else check_run if cfg.check else train)(cfg)
     except BrixelError as error:
         sys.exit(f"brixel.py: error: {error}")
+    except KeyboardInterrupt:        # later ones are caught by train()
+        sys.exit("brixel.py: stopped before the first step; nothing to resume")
 
 
 if __name__ == "__main__":

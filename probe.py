@@ -17,6 +17,7 @@ import colorsys
 import itertools
 import json
 import random
+import re
 import sys
 import tempfile
 import time
@@ -625,12 +626,33 @@ def run_pca(cfg):
 # ----------------------------------------------------------------------------------------------------------------------
 # 9. Cost: --task cost
 
-def cost_rows(name, cfg, device):
-    """Records of the baseline, BRIXEL and the teacher of one backbone: random weights, batch 1, 16 x 16 tokens."""
+def peak_mib(call, device):
+    """Memory that `call` takes at most, beyond what is there before (such as the weights), in MiB; on a CPU under Linux only."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    if not Path("/proc/self/clear_refs").exists():
+        return float("nan")
+    call()                                                         # what a first call keeps for later ones is there before
+    Path("/proc/self/clear_refs").write_text("5")                  # the peak starts anew from what is used now
+    peaks = []
+    for part in (lambda: None, call):
+        part()
+        peaks.append(int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]))
+    return (peaks[1] - peaks[0]) / 1024
+
+
+def cost_rows(name, cfg, device, side, batch):
+    """Records of the baseline, BRIXEL and the teacher of one backbone with random weights.
+
+    side: of the student's image, pixels; 0: 16 tokens.   batch: images at a time; all figures are of the whole batch.
+    """
     backbone = brixel.load_backbone(name, None).to(device)
     model = brixel.Brixel(backbone).eval().to(device)
-    side, scale = 16 * backbone.patch_size, model.scale            # 256 pixels for patch 16, 224 for patch 14
-    image, large = (torch.randn(1, 3, n, n, device=device) for n in (side, scale * side))
+    side, scale = side or 16 * backbone.patch_size, model.scale    # 256 pixels for patch 16, 224 for patch 14
+    image, large = (torch.randn(batch, 3, n, n, device=device) for n in (side, scale * side))
     cases = {"baseline": (backbone, image), "BRIXEL": (model, image), "teacher": (backbone, large)}
     half = brixel.precision(cfg) == "bf16"
     records, timed = [], []
@@ -644,13 +666,10 @@ def cost_rows(name, cfg, device):
     for row, (module, x) in cases.items():
         call = call_of(module, x)
         trained = sum(p.numel() for p in model.upsampler.parameters()) * (row == "BRIXEL")
-        record = {"backbone": name, "row": row, "size": x.shape[-1], "trained_M": trained / 1e6, "gflops": gflops(call),
-                  "frozen_M": sum(p.numel() for p in backbone.parameters()) / 1e6}
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            call()
-            record["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
-        records.append(record)
+        records.append(record := {
+            "backbone": name, "row": row, "size": x.shape[-1], "batch": batch,
+            "frozen_M": sum(p.numel() for p in backbone.parameters()) / 1e6, "trained_M": trained / 1e6,
+            "gflops": gflops(call), "peak_mib": peak_mib(call, device)})
         timed.append((record, "ms", call))
     if cfg.compile:
         timed.append((records[1], "ms_compiled", call_of(torch.compile(model), image)))
@@ -677,17 +696,19 @@ def run_cost(cfg):
     out = Path(cfg.out or "cost").with_suffix(".png")
     brixel.check_writable(out)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    records = [record for name in cfg.backbone for record in cost_rows(name, cfg, device)]
+    cases = list(itertools.product(cfg.backbone, cfg.size, cfg.batch_size))
+    groups = [cost_rows(name, cfg, device, side, batch) for name, side, batch in cases]
+    records = [record for group in groups for record in group]
     columns = list(dict.fromkeys(key for record in records for key in record))
     rows = [columns, *([f"{record[key]:.3g}" if isinstance(record.get(key), float) else str(record.get(key, ""))
                         for key in columns] for record in records)]
     print(*aligned(rows), sep="\n")
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    for axis, key, label in zip(figure.subplots(1, 2), ("gflops", "ms"), ("GFLOPs per image", f"ms per image, {device}"), strict=True):
+    for axis, key, label in zip(figure.subplots(1, 2), ("gflops", "ms"), ("GFLOPs", f"ms, {device}"), strict=True):
         for i, row in enumerate(("baseline", "BRIXEL", "teacher")):
-            chosen = [record for record in records if record["row"] == row]
-            axis.bar([n + 0.27 * (i - 1) for n in range(len(chosen))], [r[key] for r in chosen], 0.25, label=row)
-        axis.set_xticks(range(len(cfg.backbone)), cfg.backbone)
+            axis.bar([n + 0.27 * (i - 1) for n in range(len(groups))], [group[i][key] for group in groups], 0.25, label=row)
+        several = len(cfg.size) * len(cfg.batch_size) > 1
+        axis.set_xticks(range(len(groups)), [name + f"\n{side} px x {batch}" * several for name, side, batch in cases])
         axis.set_yscale("log")
         axis.set_ylabel(label)
     figure.axes[0].legend()
@@ -742,7 +763,8 @@ def check(dataset, acc):
 def check_settings(cfg):
     """Refuse impossible settings in one sentence, before anything is read."""
     for key in {"epochs", "batch_size", "hidden", "repeats"} & vars(cfg).keys():
-        brixel.need(cfg, getattr(cfg, key) >= 1, key, "must be 1 or more")
+        value = getattr(cfg, key)
+        brixel.need(cfg, min(value if isinstance(value, list) else [value]) >= 1, key, "must be 1 or more")
     for key in {"limit", "cache_gb", "num_workers", "lr", "weight_decay"} & vars(cfg).keys():
         brixel.need(cfg, getattr(cfg, key) >= 0, key, "must not be negative")
     if cfg.task in TASKS:

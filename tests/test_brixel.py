@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import ablate
 import pytest
 import torch
 import torch.nn.functional as F
@@ -130,6 +131,13 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     assert brixel.drop_path(x, 0.3, training=False) is x
 
 
+def test_adapter_and_head_compile_without_graph_breaks(toy):
+    image = torch.randn(1, 3, 64, 96)
+    layers = toy.backbone.layers(image)
+    compiled = torch.compile(toy.upsampler, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(image, layers), toy.upsampler(image, layers))
+
+
 # --- losses
 
 @pytest.mark.parametrize("name", ["sq32", "rect24x40", "odd31x45"])
@@ -149,6 +157,25 @@ def test_components_of_micro_batches_are_those_of_the_whole_batch():
     torch.testing.assert_close(whole.abs(), parts.abs(), atol=1e-4, rtol=0)
     centered = teacher.permute(0, 2, 3, 1).flatten(0, 2) - teacher.mean((0, 2, 3))
     torch.testing.assert_close(whole.abs(), torch.linalg.svd(centered).Vh[:8].T.abs(), atol=1e-4, rtol=0)
+
+
+def test_leading_eigenvectors_agree_with_eigh():
+    values = torch.cat([torch.tensor([675, 181, 74, 48, 34, 25, 20, 17, 16, 14]), 13 * 0.95 ** torch.arange(374)])     # as DINOv2's
+    basis = torch.linalg.qr(torch.randn(384, 384, generator=torch.Generator().manual_seed(1))).Q
+    matrix = basis * values @ basis.T
+    ours, exact = brixel.leading_eigenvectors(matrix, 8), torch.linalg.eigh(matrix).eigenvectors[:, -8:].flip(1)
+    torch.testing.assert_close(ours.T @ ours, torch.eye(8), atol=1e-5, rtol=0)
+    torch.testing.assert_close((ours * exact).sum(0).abs(), torch.ones(8), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["sq32", "rect24x40", "odd31x45"])
+def test_released_losses_of_the_ablation_are_the_released_ones(name):
+    maps, values = tensors(f"losses_{name}"), json.loads((FIXTURES / "losses_values.json").read_text())[name]
+    edge_key = next(key for key in values if key.startswith("variant64.edge_MSE_exactSVD_K8"))
+    with ablate.replaced(ablate.RELEASED_LOSSES):
+        _, terms = brixel.brixel_loss(maps["pred"], maps["target"], components=brixel.principal_components(maps["target"]))
+    assert terms["edge"].item() == pytest.approx(values[edge_key], rel=1e-4)
+    assert terms["spectral"].item() == pytest.approx(values["official.crispness_spectral_loss(bins=24,hi_start=0.3)"], rel=1e-4)
 
 
 def test_ring_index_by_hand():

@@ -228,6 +228,33 @@ def test_one_bad_step_is_not_applied_and_three_in_a_row_stop(in_process, photos,
     assert "3 steps in a row" in message and "--lr" in message and "l1" in message
 
 
+def test_fp16_step_is_bad_once_the_loss_scaler_has_given_up():
+    cfg = brixel.load_config(["--preset", "bench", "--backbone", "timm:test_vit", "--mixed_precision", "no"], "preset", lambda _: True, None, "")
+    accelerator, model, _, _ = brixel.prepare(cfg, brixel.load_backbone(cfg.backbone, None))
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    upsampler, optimizer = accelerator.prepare(model.upsampler, torch.optim.Adam(model.upsampler.parameters(), fused=True))
+    upsampler.head.out.weight.register_hook(lambda gradient: gradient * float("inf"))
+    batch = brixel.frozen_pass(model.backbone, torch.randint(256, (2, 3, 256, 256), dtype=torch.uint8), 4)
+    bad = [brixel.train_step([batch], upsampler, optimizer, accelerator, cfg)[4].item() for _ in range(4)]
+    assert bad == [0, 0, 1, 1]                     # scale 2, 1, 0.5, 0.25: below 1 no gradient is left to save
+
+
+def test_bench_prints_its_figures_and_writes_nothing(in_process, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    in_process("--preset", "bench", "--backbone", "timm:test_vit", "--teacher_size", 256, "--batch_size", 2, "--max_steps", 5)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["images/s"] == pytest.approx(2000 / result["ms"]["step"])
+    assert result["ms"]["step"] > max(result["ms"][part] for part in ("teacher", "student", "loss", "optimizer")) > 0
+    assert 0 < result["share_of_floor"] < 1 and not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_before_the_first_step_is_one_sentence(in_process, photos, tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(brixel, "cached_maps", interrupted)
+    assert "nothing to resume" in error_of(in_process, *SMALL, "--data_dir", photos, "--out", tmp_path / "out.pt", "--cache_crops", 4)
+
+
 def test_photos_that_are_mostly_unreadable_stop_the_run(in_process, photos, tmp_path):
     for i in range(12):
         (photos / f"bad{i}.jpg").write_bytes(b"no")

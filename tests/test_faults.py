@@ -87,21 +87,26 @@ def test_states_of_an_overwritten_or_later_run_do_not_outlive_it(in_process, pho
     assert [p.name for p in sorted(states.iterdir())] == ["step_0000001", "step_0000002"]
 
 
-def test_full_disk_keeps_the_old_state_and_says_so(photos, tmp_path):
+@pytest.mark.parametrize("place, name, call, limit, sentence, states", [
+    ("brixel", "save_state", 2, 100_000, "could not save the state of step 4", ["step_0000002"]),
+    ("brixel", "write_log", 2, 100, "out.jsonl: File too large", []),
+    ("brixel.Brixel", "save", 1, 100_000, "out.pt: File too large", ["step_0000002", "step_0000004"]),
+])
+def test_full_disk_keeps_what_is_there_and_says_so(photos, tmp_path, place, name, call, limit, sentence, states):
     common = [*SMALL, "--data_dir", str(photos), "--out", str(tmp_path / "out.pt"), "--save_every", "2"]
-    code = ("import resource, signal, sys, brixel\n"
-            "real, saved = brixel.save_state, []\n"
-            "def save(*args):\n"
-            "    saved.append(1)\n"
-            "    if len(saved) == 2:\n"                # from the second state on, no file may grow beyond 100 kB
-            "        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-            "        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-            "    real(*args)\n"
-            "brixel.save_state = save\n"
-            "brixel.main(sys.argv[1:])")
-    done = subprocess.run([sys.executable, "-c", code, *map(str, common), "--max_steps", "6"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "could not save the state of step 4" in done.stderr and "Traceback" not in done.stderr
-    assert [p.name for p in (tmp_path / "out.state").iterdir()] == ["step_0000002"]
+    code = (f"import resource, signal, sys, brixel\n"
+            f"real, calls = {place}.{name}, []\n"
+            f"def limited(*args, **options):\n"
+            f"    calls.append(1)\n"
+            f"    if len(calls) == {call}:\n"           # from this call on, no file may grow beyond the limit
+            f"        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            f"        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+            f"    real(*args, **options)\n"
+            f"{place}.{name} = limited\n"
+            f"brixel.main(sys.argv[1:])")
+    done = subprocess.run([sys.executable, "-c", code, *map(str, common), "--max_steps", "5"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and sentence in done.stderr and "Traceback" not in done.stderr
+    assert [p.name for p in sorted(tmp_path.glob("out.state/*"))] == states
 
 
 def test_check_leaves_nothing_behind(in_process, photos, tmp_path, capsys):

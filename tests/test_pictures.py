@@ -71,6 +71,19 @@ def test_cost_counts_parameters_flops_and_time(tmp_path, capsys):
     assert Image.open(tmp_path / "cost.png").width > 500
 
 
+def test_cost_grows_with_size_and_batch(tmp_path, capsys):
+    probe.main(["--task", "cost", "--backbone", "timm:test_vit", "--repeats", "1", "--size", "64", "128", "--batch_size", "1", "2",
+                "--out", str(tmp_path / "cost.png")])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [(row["size"], row["batch"]) for row in rows if row["row"] == "BRIXEL"] == [(64, 1), (64, 2), (128, 1), (128, 2)]
+    one, two = (next(row for row in rows if row["row"] == "teacher" and row["batch"] == batch) for batch in (1, 2))
+    assert two["gflops"] == pytest.approx(2 * one["gflops"])
+
+
+def test_peak_memory_of_a_known_call():
+    assert probe.peak_mib(lambda: torch.ones(50, 2**20).sum(), "cpu") == pytest.approx(200, abs=30)
+
+
 def test_flops_of_a_linear_layer_by_hand():
     layer, x = torch.nn.Linear(30, 50, bias=False), torch.randn(7, 30)
     assert probe.gflops(lambda: layer(x)) == pytest.approx(2 * 7 * 30 * 50 / 1e9)
