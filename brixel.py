@@ -168,6 +168,12 @@ def canonical(name):
     return "dinov3_vitb16" if name == "dinov3" else name
 
 
+def normalize(image, backbone):
+    """(B, 3, H, W) uint8 -> float32 with the backbone's mean and std removed."""
+    mean, std = (torch.tensor(v, device=image.device).view(3, 1, 1) for v in (backbone.mean, backbone.std))
+    return (image / 255 - mean) / std
+
+
 def load_backbone(name, weights="pretrained"):
     """The frozen backbone `name`: a key of BACKBONES, or timm:NAME, hf:NAME_OR_FOLDER, open_clip:NAME[/TAG].
 
@@ -250,7 +256,7 @@ def build_transformers(name, model_name, weights, norm=None):
     return TransformersBackbone(name, model, norm or own_norm)
 
 
-def download(name, page, load):
+def download(name, page, load, checkpoint=False):
     """load(), which needs Hugging Face's `page` (None: nothing). Raises: BrixelError, one sentence, if that fails."""
     if page is None:
         return load()
@@ -269,6 +275,8 @@ def download(name, page, load):
         return load()
     except (OSError, RuntimeError, ValueError) as error:      # no network, no access, no such model, a damaged file
         reason = "no network" if offline else (str(error).splitlines() or [type(error).__name__])[0]
+        if checkpoint:
+            raise BrixelError(f"checkpoint {name}: there is no such file or folder, and no such Hub repository ({reason})") from None
         file = "name a folder, hf:FOLDER" if name.startswith("hf:") else "give a file, --weights FILE"
         raise BrixelError(
             f"backbone {name}: cannot load {page} ({reason}); {file}, or, if it is gated, accept its terms at "
@@ -285,7 +293,7 @@ def read_tensors(path):
     Raises: BrixelError if the file is missing, truncated, holds no tensors, or holds code.
     """
     if not os.path.isfile(path):
-        raise BrixelError(f"there is no weights file {path}")
+        raise BrixelError(f"there is no weights file {path} (--weights or --ckpt)")
     try:
         if str(path).endswith(".safetensors"):
             from safetensors import safe_open
@@ -440,8 +448,8 @@ def sample_weights():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 2. ViT adapter (Fig. 2, left; Sec. 2.1).  Everything between here and section 4 is (B, H, W, C): channels last,
-#    so that LayerNorm and 1x1 convolutions (nn.Linear) need no copy; convolutions see the same memory through `nchw`.
+# 2. ViT adapter (Fig. 2, left; Sec. 2.1).  Inside, up to section 4, everything is (B, H, W, C), channels last (images
+#    and what goes in and out of Upsampler are (B, C, H, W)), so that LayerNorm and 1x1 convolutions (nn.Linear) need no copy; convolutions see the same memory through `nchw`.
 
 
 def nchw(x):
@@ -520,21 +528,21 @@ class DeformableAttention(nn.Module):
             nn.init.xavier_uniform_(layer)
 
     def forward(self, query, tokens):
-        """query (B, qh, qw, D), tokens (B, h, w, D) -> (B, qh, qw, D)."""
+        """query (B, qh, qw, D), tokens (B, h, w, D) -> (B, qh, qw, D).   N here: queries."""
         B, qh, qw, _ = query.shape
         _, h, w, _ = tokens.shape
-        M, P = self.heads, self.points
+        N, M, points = qh * qw, self.heads, self.points
         value = self.value(tokens).view(B, h, w, M, -1).permute(0, 3, 4, 1, 2).flatten(0, 1)   # (B*M, D/2M, h, w)
-        offsets = self.offsets(query).view(B, qh * qw, M, P, 2).permute(0, 2, 3, 1, 4)         # (B, M, P, N, 2)
+        offsets = self.offsets(query).view(B, N, M, points, 2).permute(0, 2, 3, 1, 4)          # (B, M, points, N, 2)
         y = (torch.arange(qh, device=query.device) + 0.5) / qh                          # query cell centers in [0, 1]
         x = (torch.arange(qw, device=query.device) + 0.5) / qw
         center = torch.stack([x.repeat(qh), y.repeat_interleave(qw)], -1)                      # (N, 2), xy
-        grid = 2 * (center + offsets * offsets.new_tensor([1 / w, 1 / h])) - 1                 # (B, M, P, N, 2)
-        sampled = F.grid_sample(value, grid.flatten(0, 1).to(value.dtype), align_corners=False)  # (B*M, D/2M, P, N)
+        grid = 2 * (center + offsets * offsets.new_tensor([1 / w, 1 / h])) - 1                 # (B, M, points, N, 2)
+        sampled = F.grid_sample(value, grid.flatten(0, 1).to(value.dtype), align_corners=False)  # (B*M, D/2M, points, N)
         # Sums over the points with the queries innermost are vectorized; over four neighbors in memory they are not.
-        weights = self.weights(query).view(B, qh * qw, M, P).permute(0, 2, 3, 1).softmax(2).flatten(0, 1)
+        weights = self.weights(query).view(B, N, M, points).permute(0, 2, 3, 1).softmax(2).flatten(0, 1)   # (B*M, points, N)
         out = (sampled * weights[:, None]).sum(2)                                              # (B*M, D/2M, N)
-        return self.output(out.view(B, -1, qh * qw).transpose(1, 2).contiguous()).view(B, qh, qw, -1)
+        return self.output(out.view(B, -1, N).transpose(1, 2).contiguous()).view(B, qh, qw, -1)
 
 
 class ConvFFN(nn.Module):
@@ -744,17 +752,13 @@ class Brixel(nn.Module):
                               input_names=["image"], output_names=["features"], dynamic_shapes=({0: "batch"},))
 
 
-def is_plain(settings):
-    """Whether `settings` is a dict of nothing but numbers, texts, lists and dicts."""
-    try:
-        return isinstance(settings, dict) and bool(json.dumps(settings))
-    except (TypeError, ValueError):
-        return False
-
-
 def checksum(tensors, settings):
-    """CRC-32 of the settings and of all tensors, in the order of their names."""
-    crc = zlib.crc32(json.dumps({k: v for k, v in settings.items() if k != "crc32"}, sort_keys=True).encode())
+    """CRC-32 of the settings and of all tensors, in the order of their names; None if the settings are not plain JSON."""
+    try:
+        text = json.dumps({k: v for k, v in settings.items() if k != "crc32"}, sort_keys=True)
+    except (AttributeError, TypeError, ValueError):
+        return None
+    crc = zlib.crc32(text.encode())
     for key in sorted(tensors):
         crc = zlib.crc32(tensors[key].flatten().view(torch.uint8).numpy(), zlib.crc32(key.encode(), crc))
     return crc
@@ -799,7 +803,7 @@ def load(path, backbone=None, weights=None):
     elif not Path(path).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not str(path).endswith((".pt", ".pth", ".safetensors")):
         from huggingface_hub import hf_hub_download
         page = str(path)
-        path = download(page, page, lambda: hf_hub_download(page, "brixel.safetensors"))
+        path = download(page, page, lambda: hf_hub_download(page, "brixel.safetensors"), checkpoint=True)
     tensors, settings = read_tensors(path)
     if settings is None:
         if not any(key.startswith("adapter.spm.") for key in tensors):
@@ -808,7 +812,7 @@ def load(path, backbone=None, weights=None):
             raise BrixelError(f"{path} is a released checkpoint and does not name its backbone; "
                               "give one, e.g. --backbone dinov3_vitb16 (brixel.load(path, backbone=...))")
         settings, tensors = from_released(tensors)
-    elif not is_plain(settings) or settings.get("crc32") != checksum(tensors, settings):
+    elif (crc := checksum(tensors, settings)) is None or settings.get("crc32") != crc:
         raise BrixelError(f"{path} is damaged: its content does not match its checksum; copy it again")
     try:
         (width, embed_dim), scale, skip = tensors["head.align.weight"].shape, settings["scale"], settings["skip"]
@@ -816,11 +820,11 @@ def load(path, backbone=None, weights=None):
     except (KeyError, TypeError, ValueError) as error:
         raise BrixelError(f"{path} is not a whole BRIXEL checkpoint: {error}") from None
     if not isinstance(backbone, nn.Module):
-        name = settings.get("backbone", backbone)
-        backbone = load_backbone(backbone or name, weights or settings.get("weights", "pretrained"))
-        if backbone.name != canonical(name):
+        name = canonical(settings.get("backbone", backbone))
+        if canonical(backbone or name) != name:
             raise BrixelError(f"{path} was trained for backbone {name} ({settings.get('command', 'no command recorded')}), "
-                              f"not for {backbone.name} (--backbone)")
+                              f"not for {backbone} (--backbone)")
+        backbone = load_backbone(name, weights or settings.get("weights", "pretrained"))
     trained_for = {"embed_dim": embed_dim, "patch_size": settings.get("patch_size", backbone.patch_size)}
     for key, value in trained_for.items():
         if value != getattr(backbone, key):
@@ -924,18 +928,12 @@ def brixel_loss(student, teacher, lambda_edge=1.0, lambda_spectral=0.1, k=8, com
 # 5. Training (Sec. 3): self-distillation, no labels
 
 
-def normalize(image, backbone):
-    """(B, 3, H, W) uint8 -> float32 with the backbone's mean and std removed."""
-    mean, std = (torch.tensor(v, device=image.device).view(3, 1, 1) for v in (backbone.mean, backbone.std))
-    return (image / 255 - mean) / std
-
-
 @torch.no_grad()
 def frozen_pass(backbone, image, scale):
     """Everything of one step that needs no gradient.
 
-    image: (B, 3, H, W) uint8.   Returns: x_ (B, 3, H/scale, W/scale); the student's 4 layers (B, C, h/scale, w/scale);
-    the teacher T(x) (B, C, h, w).
+    image: (B, 3, H, W) uint8.   Returns: x_ (B, 3, H/scale, W/scale); the student's 4 layers, each (B, C, h, w);
+    the teacher T(x) (B, C, scale*h, scale*w).
     """
     image = normalize(image, backbone)
     small = F.interpolate(image, scale_factor=1 / scale, mode="bicubic", antialias=True)
@@ -948,13 +946,6 @@ def lr_at(step, cfg, steps_per_epoch):
     if step < warmup or cfg.lr_schedule == "constant":
         return cfg.warmup_lr if step < warmup else cfg.lr
     return cfg.lr * (1 + math.cos(math.pi * (step - warmup) / (cfg.max_steps - warmup))) / 2
-
-
-def upsampling_errors(student, teacher, components=None):
-    """How far `student` is from `teacher`, both (1, C, H, W): (4,) L1, edge, spectral, cosine around the teacher's mean."""
-    center = teacher.mean((2, 3), keepdim=True)
-    cosine = F.cosine_similarity(student - center, teacher - center, dim=1).mean()
-    return torch.stack([*brixel_loss(student, teacher, components=components)[1].values(), cosine])
 
 
 @torch.no_grad()
@@ -973,13 +964,18 @@ def evaluate(model, held_out, accelerator, left_out, k=8):
             small, layers, teacher = frozen_pass(model.backbone, image[None].to(accelerator.device), model.scale)
             bilinear = F.interpolate(layers[-1], size=teacher.shape[2:], mode="bilinear")
             student = model.upsampler(small, layers)
-        P = principal_components(teacher, k)
-        errors = [upsampling_errors(x.float(), teacher.float(), P) for x in (bilinear, student)]
-        sums += torch.cat([*errors, sums.new_ones(1)])
+        teacher, errors = teacher.float(), []
+        P, center = principal_components(teacher, k), teacher.mean((2, 3), keepdim=True)
+        for x in (bilinear.float(), student.float()):
+            cosine = F.cosine_similarity(x - center, teacher - center, dim=1).mean()    # around the teacher's mean
+            errors += [*brixel_loss(x, teacher, components=P)[1].values(), cosine]
+        sums += torch.stack([*errors, sums.new_ones(())])
     model.train()
     *sums, count = accelerator.reduce(sums).tolist()
+    if not count:
+        return {"photos": 0}
     names = [f"{row} {term}" for row in ("bilinear", "brixel") for term in ("l1", "edge", "spectral", "cosine")]
-    return {name: value / count for name, value in zip(names, sums) if count} | {"photos": int(count)}
+    return {name: value / count for name, value in zip(names, sums)} | {"photos": int(count)}
 
 
 def precision(cfg):
@@ -1000,8 +996,14 @@ def need_precision(cfg):
     need(cfg, cfg.mixed_precision != "fp16" or torch.cuda.is_available(), "mixed_precision", "needs a GPU")
 
 
+def need_jitter(cfg):
+    strengths = cfg.color_jitter
+    need(cfg, len(strengths) == 4 and min(strengths) >= 0 and strengths[3] <= 0.5, "color_jitter",
+         "needs 4 numbers, 0 or more: brightness, contrast, saturation, and hue of at most 0.5")
+
+
 def check_settings(cfg, backbone):
-    """Refuse impossible settings before anything is read or written."""
+    """Refuse impossible settings before any photo is read or anything is written."""
     need_precision(cfg)
     for key, allowed in {"scale": (2, 4, 8), "crop": ("random", "center"),
                          "lr_schedule": ("constant", "cosine"),
@@ -1019,7 +1021,7 @@ def check_settings(cfg, backbone):
     need(cfg, 1 <= cfg.k <= backbone.embed_dim, "k", f"must lie between 1 and the width {backbone.embed_dim}")
     need(cfg, cfg.seed < 2**32, "seed", "must be below 2^32")
     need(cfg, 0 < cfg.crop_min <= 1, "crop_min", "must lie in (0, 1]")
-    need(cfg, len(cfg.color_jitter) == 4 and min(cfg.color_jitter) >= 0, "color_jitter", "needs 4 numbers, 0 or more")
+    need_jitter(cfg)
     need(cfg, 0 <= cfg.drop_path < 1, "drop_path", "must lie in [0, 1)")
 
 
@@ -1150,7 +1152,8 @@ def prepare(cfg, backbone):
     from accelerate import Accelerator, DataLoaderConfiguration
     from accelerate.utils import set_seed
 
-    accelerator = Accelerator(mixed_precision=precision(cfg), dynamo_backend="inductor" if cfg.compile else None,
+    accelerator = Accelerator(cpu=torch.backends.mps.is_available(),      # MPS has no float64, which the rings and metrics need
+                              mixed_precision=precision(cfg), dynamo_backend="inductor" if cfg.compile else None,
                               log_with=None if cfg.report_to == "none" else cfg.report_to,
                               project_dir=Path(cfg.out).absolute().parent,
                               dataloader_config=DataLoaderConfiguration(non_blocking=True))
@@ -1241,27 +1244,28 @@ def train(cfg):
             return frozen_pass(backbone, left_out.check(image), cfg.scale)
 
     signals = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: signals.append(number))
+    handlers = {n: signal.signal(n, lambda number, _: signals.append(number)) for n in (signal.SIGTERM, signal.SIGINT)}
     batches, clock, logged = iter(accelerator.prepare(loader)), time.time(), start
     sums = torch.zeros(5, device=device)                          # loss, its three terms, steps not applied
     bad_run = worst_run = torch.zeros((), device=device)          # such steps in a row, now and at most
     progress = tqdm(initial=start, total=cfg.max_steps, unit="step", disable=not main, dynamic_ncols=True)
     for step in range(start, cfg.max_steps):
+        lr = lr_at(step, cfg, (cfg.cache_crops or len(train_ids)) / per_step)
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, cfg, (cfg.cache_crops or len(train_ids)) / per_step)
+            group["lr"] = lr
         values = train_step([frozen(next(batches)) for _ in range(cfg.grad_accum)], upsampler, optimizer, accelerator, cfg)
         sums += values
-        bad_run = (bad_run + 1) * values[4]
+        skipped = values[4]
+        bad_run = (bad_run + 1) * skipped
         worst_run = torch.maximum(worst_run, bad_run)
         done = step + 1
         progress.update()
 
         if done % cfg.log_every == 0 or done == cfg.max_steps:
             left_out.share(done * per_step)
-            *means, skipped = sums.tolist()
-            record = {k: v / max(done - logged - skipped, 1) for k, v in zip(("loss", "l1", "edge", "spectral"), means)}
-            record |= {"images/s": (done - logged) * per_step / (time.time() - clock), "lr": group["lr"], "skipped": int(skipped)}
+            *totals, n_skipped = sums.tolist()
+            record = {k: v / max(done - logged - n_skipped, 1) for k, v in zip(("loss", "l1", "edge", "spectral"), totals)}
+            record |= {"images/s": (done - logged) * per_step / (time.time() - clock), "lr": lr, "skipped": int(n_skipped)}
             progress.set_postfix_str(" ".join(f"{k} {v:.3g}" for k, v in list(record.items())[:5]))
             write_log(log, accelerator, done, record)
             if worst_run >= 3:
@@ -1270,15 +1274,20 @@ def train(cfg):
                                   f"use --mixed_precision no; states: {beside(cfg, '.state')}")
             sums, clock, logged = torch.zeros_like(sums), time.time(), done
         # One process looks at its signals after every step; several have to agree, which they do every 5 steps.
-        stop = bool(signals) if world == 1 else done % 5 == 0 and accelerator.reduce(
-            torch.tensor(float(len(signals)), device=device)).item() > 0
+        stop = bool(signals)
+        if world > 1:
+            stop = done % 5 == 0 and accelerator.reduce(torch.tensor(float(len(signals)), device=device)).item() > 0
+        pause = time.time()
         if done % cfg.save_every == 0 or stop:
             save_state(accelerator, cfg, done, len(photos))
         if stop:
             sys.exit(f"\nstopped by a signal after step {done}, state saved; to go on: the same command and --resume latest")
         if done % cfg.eval_every == 0 and done < cfg.max_steps:
             write_log(log, accelerator, done, evaluate(model, held_out, accelerator, left_out, cfg.k))
+        clock += time.time() - pause                              # images/s is of training alone
     progress.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
     if main:
         model.save(cfg.out, training=vars(cfg), command=shlex.join(sys.argv))
@@ -1324,8 +1333,7 @@ def bench(cfg):
     accelerator, model, upsampler, optimizer = prepare(cfg, backbone)
     device, cuda = accelerator.device, accelerator.device.type == "cuda"
     image = torch.randint(256, (cfg.batch_size, 3, cfg.teacher_size, cfg.teacher_size), dtype=torch.uint8, device=device)
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-    matrix = torch.randn(2 * [8192 if cuda else 2048], dtype=half, device=device)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
 
     def teacher():
         with accelerator.autocast():
@@ -1342,6 +1350,9 @@ def bench(cfg):
         for _ in range(n):
             train_step([teacher()], upsampler, optimizer, accelerator, cfg)
 
+    steps(2)                                       # the second step has Adam's state
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    matrix = torch.randn(2 * [8192 if cuda else 2048], dtype=dtype, device=device)
     small, layers, target = teacher()
     output = upsampler(small, layers).detach().float().requires_grad_()
     flops = (gflops(teacher) + 3 * gflops(lambda: upsampler(small, layers))) * 1e9      # a backward pass is two forward ones
@@ -1350,7 +1361,6 @@ def bench(cfg):
     optimizer.zero_grad()
     step, product = milliseconds([steps, lambda: matrix @ matrix], max(cfg.max_steps // 5, 1))
     step, rate = step / 5, 2 * len(matrix)**3 / product * 1000
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     name = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
     result = {"backbone": backbone.name, "teacher_size": cfg.teacher_size, "batch_size": cfg.batch_size, "device": name,
               "precision": accelerator.mixed_precision, "torch": torch.__version__,
@@ -1475,8 +1485,8 @@ def main(argv=None):
             (bench if cfg.bench else check_run if cfg.check else train)(cfg)
     except BrixelError as error:
         sys.exit(f"brixel.py: error: {error}")
-    except KeyboardInterrupt:        # later ones are caught by train()
-        sys.exit("brixel.py: stopped before the first step; nothing to resume")
+    except KeyboardInterrupt:        # within the training loop train() itself saves the state first
+        sys.exit("brixel.py: stopped; states saved earlier are kept (--resume latest)")
 
 
 if __name__ == "__main__":

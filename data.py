@@ -85,19 +85,20 @@ def index_tar(path):
 class PhotoIndex:
     """The photos of --data_dir, in a fixed order: files of a folder tree, then members of tar shards, read in place.
 
-    data_dir: a folder searched recursively, a photo, a .tar, a glob or a brace range of .tar files, or "sample".
+    data_dir: a folder searched recursively (links to folders are not followed), a photo, a .tar, a glob or a brace range of
+    .tar files, or "sample".   flag: what the user calls it.
     cache: .npz in which the offsets within tar shards are kept between runs.
     Only names are read here; sizes and damage are found when a photo is read.   .bad: {tar: reason} of unreadable shards.
     Raises: BrixelError if nothing is found.
     """
 
-    def __init__(self, data_dir, cache=None):
+    def __init__(self, data_dir, cache=None, flag="--data_dir"):
         if data_dir == "sample":
             files = fetch("scikit-image==0.26.0", SAMPLE_PHOTOS)
         else:
             roots, files = expand(str(data_dir)), []
             if not roots:
-                raise BrixelError(f"no such folder: {os.path.abspath(data_dir)}; set --data_dir (or --data_dir sample)")
+                raise BrixelError(f"no such folder: {os.path.abspath(data_dir)}; set {flag} (or {flag} sample)")
             for root in roots:
                 inside = sorted(os.path.join(folder, n) for folder, _, names in os.walk(root) for n in names)
                 files += inside or [root]
@@ -108,7 +109,7 @@ class PhotoIndex:
             raise BrixelError(f"none of the {len(self.bad)} tar files can be read, first: {' '.join(next(iter(self.bad.items())))}")
         if not len(self):
             raise BrixelError(f"no photo ({' '.join(IMAGE_SUFFIXES)}, or a .tar of these) below {os.path.abspath(data_dir)}; "
-                              "set --data_dir")
+                              f"set {flag}")
 
     def index_tars(self, cache):
         """(N, 3) int64: tar number, offset and size of every photo in self.tars; read anew only where a tar has changed."""
@@ -147,9 +148,12 @@ class PhotoIndex:
         if i < len(self.files):
             return self.files[i]
         tar, offset, size = self.members[i - len(self.files)].tolist()
-        with open(self.tars[tar], "rb") as file:
-            file.seek(offset)
-            return io.BytesIO(file.read(size))
+        try:
+            with open(self.tars[tar], "rb") as file:
+                file.seek(offset)
+                return io.BytesIO(file.read(size))
+        except OSError as error:
+            raise PhotoError("unreadable", f"{type(error).__name__}: {error}") from error
 
 
 def to_rgb(image):
@@ -162,13 +166,13 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def open_photo(file):
-    """The whole photo, upright, as a PIL image in RGB.   Raises: BrixelError if it cannot be read."""
+def open_photo(file, name=None):
+    """The whole photo, upright, as a PIL image in RGB.   Raises: BrixelError, which calls it `name`, if it cannot be read."""
     try:
         with Image.open(file) as image:
             return to_rgb(ImageOps.exif_transpose(image))
     except UNREADABLE as error:
-        raise BrixelError(f"{file} cannot be read: {type(error).__name__}: {error}") from None
+        raise BrixelError(f"{name or file} cannot be read: {type(error).__name__}: {error}") from None
 
 
 def read_crop(file, size, min_side=0, rng=None, crop_min=0.5):
@@ -207,7 +211,7 @@ def color_jitter(image, strengths, rng):
     from torchvision.transforms import functional as TF
 
     *factors, hue = strengths
-    changes = [(change, rng.uniform(1 - s, 1 + s)) for s, change in
+    changes = [(change, rng.uniform(max(0, 1 - s), 1 + s)) for s, change in
                zip(factors, (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation), strict=True)]
     changes.append((TF.adjust_hue, rng.uniform(-hue, hue)))
     rng.shuffle(changes)
@@ -381,7 +385,7 @@ class Benchmark(Dataset):
     Raises: BrixelError for a missing root, folder or partner, and, from `refuse`, for files that cannot be used.
     """
     tree = ""                           # the expected folders, shown in every error
-    square = False                      # centre square crop, or the whole frame
+    square = False                      # center square crop, or the whole frame
     resample = Image.Resampling.BILINEAR
 
     def __init__(self, root, split, size, patch_size=1, scale=1, limit=0):
@@ -439,7 +443,7 @@ class Benchmark(Dataset):
 
 
 def center_box(size, square):
-    """(left, top, right, bottom) of the centre square, or of the whole frame, of a (width, height) photo."""
+    """(left, top, right, bottom) of the center square, or of the whole frame, of a (width, height) photo."""
     width, height = size
     side = min(width, height)
     left, top = ((width - side) / 2, (height - side) / 2) if square else (0, 0)
@@ -665,7 +669,8 @@ class NAVI(Benchmark):
             try:
                 for row in json.loads(path.read_text()):
                     found[(*path.parts[-3:-1], Path(row["filename"]).stem)] = row
-                    row["camera"]["focal_length"], row["image_size"], self.protocol != "dataset" or row["split"]
+                    needed = [row["camera"]["focal_length"], row["image_size"], self.protocol != "dataset" or row["split"]]
+                    expect(None not in needed, "a value is null")
             except (ValueError, KeyError, TypeError) as error:
                 raise BrixelError(f"{path} is no list of NAVI annotations ({error!r}); expected\n{self.tree}") from None
         return found
@@ -682,7 +687,7 @@ class NAVI(Benchmark):
         return chosen
 
     def read(self, sample):
-        image = ImageOps.exif_transpose(open_image(sample["image"])).convert("RGB")
+        image = open_photo(sample["image"])
         code, mask = np.array(open_image(sample["depth"])), np.array(open_image(sample["mask"]))
         mask = mask if mask.ndim == 2 else mask[..., 0]
         expect(code.ndim == 2 and code.dtype in (np.uint16, np.int32), f"{sample['depth']} is not a 16-bit depth image")

@@ -21,11 +21,11 @@ import re
 import sys
 import tempfile
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
@@ -92,11 +92,6 @@ class DepthHead(nn.Module):
         weight = self.head(x).float().relu() + 0.1                                      # (B, bins, h, w)
         depth = torch.linspace(MIN_DEPTH, MAX_DEPTH, weight.shape[1], device=x.device)
         return torch.einsum("bkhw,k->bhw", weight / weight.sum(1, keepdim=True), depth)[:, None]
-
-
-def NormalHead(in_dim, width=512):
-    """Surface normals, not normalized.  (B, C, h, w) -> (B, 3, h, w)."""
-    return nn.Sequential(OrderedDict(head=DPT(in_dim, 3, width)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -229,7 +224,7 @@ TARGETS = {
                         pred, align(pred.clamp(MIN_DEPTH, MAX_DEPTH), batch["depth"], batch["valid"]))]),
                     lambda sums: depth_metrics(sums[:7]) | {
                         f"{name}_aligned": value for name, value in depth_metrics(sums[7:]).items()}),
-    "normal": Target(lambda dim, cfg, classes: NormalHead(dim, cfg.hidden),
+    "normal": Target(lambda dim, cfg, classes: DPT(dim, 3, cfg.hidden),      # not normalized
                      lambda pred, batch, cfg: cosine_loss(pred, batch["normal"], batch["normal_valid"]),
                      lambda pred, batch: angle_sums(pred, batch["normal"], batch["normal_valid"]),
                      angle_metrics),
@@ -387,28 +382,6 @@ def evaluate(probe, features):
     return metrics
 
 
-def gflops(call):
-    """GFLOPs of `call`; attention counted, a multiplication and an addition are 2 FLOPs."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops() / 1e9
-
-
-def milliseconds(calls, repeats):
-    """Median time of each of `calls`, which take turns so that a drifting machine slows all alike; two turns of warm-up."""
-    times = [[] for _ in calls]
-    for _ in range(repeats + 2):
-        for call, record in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            record.append((time.perf_counter() - start) * 1000)
-    return [sorted(record[2:])[repeats // 2] for record in times]
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # 7. Report: table, pictures, plot
 
@@ -431,6 +404,9 @@ def table(task, records, backbone):
             rows.append([f"paper, {row}", "", *(format(numbers[name], task.columns[name][2]) if name in numbers else ""
                                                 for name in task.columns)])
     return aligned(rows)
+
+
+PROTOCOL = ("size", "epochs", "lr", "weight_decay", "batch_size", "hidden", "silog_beta", "color_jitter", "split", "limit")
 
 
 def deviations(task, cfg, backbone, n_images, enlarged):
@@ -467,8 +443,8 @@ def depth_colors(depth, low, high):
 
 def normal_colors(normal):
     """(3, h, w) -> (h, w, 3) uint8, the usual colors: facing the camera is light blue, no normal gray."""
-    left_up_away = normal * normal.new_tensor([-1, 1, 1]).view(3, 1, 1)
-    return ((1 + F.normalize(left_up_away, dim=0)) * 127.5).byte().permute(1, 2, 0).cpu().numpy()
+    outward = normal * normal.new_tensor([-1, 1, 1]).view(3, 1, 1)      # -n, as right, up, toward the camera
+    return ((1 + F.normalize(outward, dim=0)) * 127.5).byte().permute(1, 2, 0).cpu().numpy()
 
 
 @torch.no_grad()
@@ -592,27 +568,29 @@ def run_pca(cfg):
     brixel.check_writable(cfg.save_features or folder / "x")
     model = brixel.load(cfg.ckpt, cfg.backbone or None, cfg.weights or None)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    photos = [(index.name(i), index.open(i)) for index in map(PhotoIndex, cfg.image) for i in range(len(index))]
-    stems = [Path(path).stem for path, _ in photos]
+    indices = [PhotoIndex(image, flag="--image") for image in cfg.image]
+    photos = [(index.name(i), index, i) for index in indices for i in range(len(index))]
+    stems = [Path(name.replace(".tar at byte ", "_")).stem for name, *_ in photos]
     twice = [stem for stem in stems if stems.count(stem) > 1]
     if twice:
         raise brixel.BrixelError(f"{stems.count(twice[0])} photos are called {twice[0]}: their pictures would overwrite each other")
-    for path, file in photos:
-        image = open_photo(file)
+    for (path, index, i), stem in zip(photos, stems):
+        image = open_photo(index.open(i), path)
         x = model.preprocess(image, cfg.size)
-        maps = {"ViT": model.backbone(x), "bilinear": None, "BRIXEL": model(x)}
-        maps["bilinear"] = F.interpolate(maps["ViT"], size=maps["BRIXEL"].shape[2:], mode="bilinear")
+        layers = model.backbone.layers(x)
+        maps = {"ViT": layers[-1], "bilinear": F.interpolate(layers[-1], scale_factor=model.scale, mode="bilinear"),
+                "BRIXEL": model.upsampler(x, layers)}
         if cfg.teacher:
             maps["teacher"] = model.backbone(model.preprocess(image, [model.scale * side for side in x.shape[2:]]))
         maps = {name: features[0].float() for name, features in maps.items()}
-        photo = torch.tensor(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3).numpy()
+        photo = np.asarray(image)
         rows = [[photo, *pca_rgb(list(maps.values())[-1], *maps.values())]]
         if len(cfg.query) == 2:
             at = cfg.query[0] / image.width, cfg.query[1] / image.height
             if not (0 <= at[0] < 1 and 0 <= at[1] < 1):
                 raise brixel.BrixelError(f"query {cfg.query} lies outside {path}, {image.width} x {image.height} pixels (--query X Y)")
             rows.append([photo, *(similarity(features, *at) for features in maps.values())])
-        out = folder / f"{Path(path).stem}.pca.png"
+        out = folder / f"{stem}.pca.png"
         write_panel(out, ("photo", *maps), rows)
         print(f"wrote {out}: photo {image.width} x {image.height}, image {x.shape[3]} x {x.shape[2]}, "
               f"features {tuple(maps['BRIXEL'].shape)}")
@@ -625,6 +603,28 @@ def run_pca(cfg):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 9. Cost: --task cost
+
+def gflops(call):
+    """GFLOPs of `call`; attention counted, a multiplication and an addition are 2 FLOPs."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops() / 1e9
+
+
+def milliseconds(calls, repeats):
+    """Median time of each of `calls`, which take turns so that a drifting machine slows all alike; two turns of warm-up."""
+    times = [[] for _ in calls]
+    for _ in range(repeats + 2):
+        for call, record in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            record.append((time.perf_counter() - start) * 1000)
+    return [sorted(record[2:])[repeats // 2] for record in times]
+
 
 def peak_mib(call, device):
     """Memory that `call` takes at most, beyond what is there before (such as the weights), in MiB; on a CPU under Linux only."""
@@ -654,12 +654,12 @@ def cost_rows(name, cfg, device, side, batch):
     side, scale = side or 16 * backbone.patch_size, model.scale    # 256 pixels for patch 16, 224 for patch 14
     image, large = (torch.randn(batch, 3, n, n, device=device) for n in (side, scale * side))
     cases = {"baseline": (backbone, image), "BRIXEL": (model, image), "teacher": (backbone, large)}
-    half = brixel.precision(cfg) == "bf16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(brixel.precision(cfg))
     records, timed = [], []
 
     def call_of(module, x):
         def call():
-            with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=half):
+            with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype is not None):
                 return module(x)
         return call
 
@@ -677,7 +677,7 @@ def cost_rows(name, cfg, device, side, batch):
         import onnxruntime
 
         with tempfile.TemporaryDirectory() as folder:
-            brixel.Brixel(backbone).to(device).export_onnx(Path(folder, "brixel.onnx"), (side, side))
+            model.export_onnx(Path(folder, "brixel.onnx"), (side, side))
             session = onnxruntime.InferenceSession(Path(folder, "brixel.onnx"))
         feed = {"image": image.cpu().numpy()}
         timed.append((records[1], "ms_onnx", lambda: session.run(None, feed)))
@@ -689,11 +689,11 @@ def cost_rows(name, cfg, device, side, batch):
 
 
 def run_cost(cfg):
-    """Table, JSON line and OUT.cost.png: what the baseline, BRIXEL and the teacher cost for each backbone."""
+    """Table, JSON line and OUT.png: what the baseline, BRIXEL and the teacher cost for each backbone."""
     from matplotlib.figure import Figure
 
     check_settings(cfg)
-    out = Path(cfg.out or "cost").with_suffix(".png")
+    out = (cfg.out or "cost").removesuffix(".png") + ".png"
     brixel.check_writable(out)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cases = list(itertools.product(cfg.backbone, cfg.size, cfg.batch_size))
@@ -720,9 +720,6 @@ def run_cost(cfg):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 10. Command line
-
-PROTOCOL = ("size", "epochs", "lr", "weight_decay", "batch_size", "hidden", "silog_beta", "color_jitter", "split", "limit")
-
 
 def is_task(section):
     """Whether a section of config.yaml is for probe.py."""
@@ -769,7 +766,7 @@ def check_settings(cfg):
         brixel.need(cfg, getattr(cfg, key) >= 0, key, "must not be negative")
     if cfg.task in TASKS:
         brixel.need(cfg, min(cfg.size) >= 32, "size", "must be 32 or more")
-        brixel.need(cfg, len(cfg.color_jitter) == 4, "color_jitter", "needs 4 numbers: brightness, contrast, saturation, hue")
+        brixel.need_jitter(cfg)
     brixel.need_precision(cfg)
 
 
@@ -779,9 +776,10 @@ def run_benchmark(cfg):
 
     check_settings(cfg)
     task, start = TASKS[cfg.task], time.time()
-    stem = str(Path(cfg.out or (cfg.ckpt if Path(cfg.ckpt).is_file() else "out.pt")).with_suffix(f".{cfg.task}"))
+    out = cfg.out or (cfg.ckpt if Path(cfg.ckpt).is_file() else "out")
+    stem = re.sub(r"\.(pt|pth|safetensors)$", "", out) + f".{cfg.task}"
     brixel.check_writable(stem)
-    acc = Accelerator(mixed_precision=brixel.precision(cfg))
+    acc = Accelerator(cpu=torch.backends.mps.is_available(), mixed_precision=brixel.precision(cfg))    # MPS has no float64
     splits = open_splits(task, cfg, cfg.size[0])
     models, backbone = load_models(cfg, acc.device)
     photos = [size for split in splits for size in check(split, acc)]
@@ -816,9 +814,8 @@ def run_row(task, cfg, acc, row, model, size, scale, backbone, measure):
     record = {"row": row, "size": size, **evaluate(probe, features), "seconds": round(time.time() - start, 1)}
     panels = pictures(task, probe, features) if acc.is_main_process else None
     if measure:
-        image = brixel.normalize(val[0]["image"][None].to(acc.device), backbone)
-        with torch.no_grad():
-            record["gflops"], (record["ms"],) = gflops(lambda: model(image)), milliseconds([lambda: model(image)], 5)
+        image = val[0]["image"][None].to(acc.device)
+        record["gflops"], (record["ms"],) = gflops(lambda: features.extract(image)), milliseconds([lambda: features.extract(image)], 5)
     return record, panels
 
 

@@ -53,8 +53,8 @@ def test_depth_head_agrees_with_the_released_one(released):
 
 
 def test_normal_head_agrees_with_the_released_one(released):
-    head = probe.NormalHead(16, width=32)
-    head.load_state_dict(parameters(released, "normal_head."))
+    head = probe.DPT(16, 3, width=32)
+    head.load_state_dict(parameters(released, "normal_head.head."))
     torch.testing.assert_close(head(released["feats"]), released["normal_head_out"], atol=5e-5, rtol=0)
 
 
