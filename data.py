@@ -163,7 +163,7 @@ def to_rgb(image):
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")                       # convert would copy
 
 
 def open_photo(file, name=None):

@@ -14,6 +14,7 @@ of the last layer. Prints a table beside the paper's numbers and, as the last li
 out.TASK.json and out.TASK.png beside the checkpoint. Settings: config.yaml, section of the task's name.
 """
 import colorsys
+import ctypes
 import itertools
 import json
 import random
@@ -635,8 +636,9 @@ def peak_mib(call, device):
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     if not Path("/proc/self/clear_refs").exists():
         return float("nan")
-    call()                                                         # what a first call keeps for later ones is there before
-    Path("/proc/self/clear_refs").write_text("5")                  # the peak starts anew from what is used now
+    call()                                                         # what a first call keeps for later ones is there before,
+    ctypes.CDLL("libc.so.6").malloc_trim(0)                        # what the allocator keeps is not,
+    Path("/proc/self/clear_refs").write_text("5")                  # and the peak starts anew from what is used now
     peaks = []
     for part in (lambda: None, call):
         part()
@@ -678,7 +680,9 @@ def cost_rows(name, cfg, device, side, batch):
 
         with tempfile.TemporaryDirectory() as folder:
             model.export_onnx(Path(folder, "brixel.onnx"), (side, side))
-            session = onnxruntime.InferenceSession(Path(folder, "brixel.onnx"))
+            options = onnxruntime.SessionOptions()                 # its idle threads shall not spin while others are timed
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+            session = onnxruntime.InferenceSession(Path(folder, "brixel.onnx"), options)
         feed = {"image": image.cpu().numpy()}
         timed.append((records[1], "ms_onnx", lambda: session.run(None, feed)))
     for (record, column, _), ms in zip(timed, milliseconds([call for *_, call in timed], cfg.repeats), strict=True):
