@@ -182,7 +182,8 @@ def read_crop(file, size, min_side=0, rng=None, crop_min=0.5):
     rng: random.Random for a random crop (its side: crop_min to 1 of the short side, but no fewer pixels than `size` if the
     photo has as many) and a random flip; None for the central crop of the whole short side.
     Raises: PhotoError if the file cannot be read or is too small.
-    Fast: a JPEG is decoded at 1/2, 1/4 or 1/8 where that is enough; crop and resize are one pass over uint8.
+    Fast: a JPEG is decoded at 1/2, 1/4 or 1/8 where that is enough; crop comes before resize; torch resizes uint8 three times
+    as fast as Pillow, with the same numbers up to rounding.
     """
     try:
         with Image.open(file) as image:
@@ -193,17 +194,18 @@ def read_crop(file, size, min_side=0, rng=None, crop_min=0.5):
             side = rng.uniform(max(crop_min * short, enough), short) if rng else short
             image.draft("RGB", [math.ceil(n * size / side) for n in image.size])
             image.load()
-            side *= min(image.size) / short                                             # in pixels as decoded
-            x, y = ((n - side) * (rng.random() if rng else 0.5) for n in image.size)
+            side = max(1, round(side * min(image.size) / short))                        # in pixels as decoded
+            x, y = (round((n - side) * (rng.random() if rng else 0.5)) for n in image.size)
             orientation = image.getexif().get(ORIENTATION, 1)
-            box = (x, y, min(x + side, image.width), min(y + side, image.height))
-            crop = to_rgb(image).resize((size, size), Image.Resampling.BICUBIC, box=box)
-            crop.info.clear()                      # damaged EXIF data must not be written again below
-            crop.getexif()[ORIENTATION] = orientation
-            crop = ImageOps.exif_transpose(crop)
+            crop = to_rgb(image.crop((x, y, x + side, y + side)))
+            if orientation != 1:
+                crop.info.clear()                  # damaged EXIF data must not be written again below
+                crop.getexif()[ORIENTATION] = orientation
+                crop = ImageOps.exif_transpose(crop)
     except UNREADABLE as error:
         raise PhotoError("unreadable", f"{type(error).__name__}: {error}") from error
-    return pil_to_tensor(ImageOps.mirror(crop) if rng and rng.random() < 0.5 else crop)
+    crop = F.interpolate(pil_to_tensor(crop)[None], size=(size, size), mode="bicubic", antialias=True)[0]    # uint8 throughout
+    return crop.flip(2) if rng and rng.random() < 0.5 else crop
 
 
 def color_jitter(image, strengths, rng):

@@ -92,6 +92,7 @@ def test_both_spellings_of_a_flag_work():
     (["--crop_min", "0"], "crop_min"),
     (["--crop", "left"], "crop 'left' is not one of"),
     (["--drop_path", "1"], "drop_path"),
+    (["--color_jitter", "0", "0", "0", "0.6"], "color_jitter .* hue of at most 0.5"),
     (["--batch_size", "0"], "batch_size 0 must be 1 or more"),
     (["--lr", "-1"], "lr -1.0 must not be negative"),
     (["--mixed_precision", "fp8"], "mixed_precision 'fp8' is not one of"),

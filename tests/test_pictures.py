@@ -1,6 +1,7 @@
 """Pictures of features and the cost table: probe.py --task pca and --task cost."""
 
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def test_pca_writes_a_panel_per_photo_and_the_features(ckpt, photos, tmp_path, c
 
 
 @pytest.mark.parametrize("args, sentence", [
-    ([], "needs a checkpoint"), (["--image", "no/such.jpg"], "no such folder"), (["--query", "5", "5", "5"], "must be X Y"),
+    ([], "needs a checkpoint"), (["--image", "no/such.jpg"], "set --image"), (["--query", "5", "5", "5"], "must be X Y"),
     (["--query", "999", "5"], "lies outside"), (["--out", "no/such"], "--out no/such/PHOTO.pca.png: no such folder")])
 def test_mistakes_are_one_sentence(ckpt, photos, args, sentence, capsys):
     common = ["--task", "pca", *(["--ckpt", str(ckpt), "--image", str(photos / "1.jpg")] if args else [])]
@@ -82,6 +83,19 @@ def test_cost_grows_with_size_and_batch(tmp_path, capsys):
 
 def test_peak_memory_of_a_known_call():
     assert probe.peak_mib(lambda: torch.ones(50, 2**20).sum(), "cpu") == pytest.approx(200, abs=30)
+
+
+def test_results_keep_the_whole_stem(tmp_path):
+    probe.main(["--task", "cost", "--backbone", "timm:test_vit", "--repeats", "1", "--out", str(tmp_path / "lr1.0e-3")])
+    assert [path.name for path in tmp_path.iterdir()] == ["lr1.0e-3.png"]
+
+
+def test_photos_of_a_tar_each_get_a_picture(ckpt, photos, tmp_path):
+    with tarfile.open(tmp_path / "two.tar", "w") as tar:
+        for name in ("1.jpg", "2.jpg"):
+            tar.add(photos / name, name)
+    probe.main(["--task", "pca", "--ckpt", str(ckpt), "--image", str(tmp_path / "two.tar"), "--size", "64", "--out", str(tmp_path)])
+    assert len(list(tmp_path.glob("two_*.pca.png"))) == 2
 
 
 def test_flops_of_a_linear_layer_by_hand():
