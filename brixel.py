@@ -170,8 +170,8 @@ def canonical(name):
 
 def normalize(image, backbone):
     """(B, 3, H, W) uint8 -> float32 with the backbone's mean and std removed."""
-    mean, std = (torch.tensor(v, device=image.device).view(3, 1, 1) for v in (backbone.mean, backbone.std))
-    return (image / 255 - mean) / std
+    # channel by channel with plain numbers: a tensor of them, copied to a GPU, would make the host wait for it
+    return torch.stack([(image[:, c] / 255 - backbone.mean[c]) / backbone.std[c] for c in range(3)], dim=1)
 
 
 def load_backbone(name, weights="pretrained"):
@@ -537,7 +537,8 @@ class DeformableAttention(nn.Module):
         y = (torch.arange(qh, device=query.device) + 0.5) / qh                          # query cell centers in [0, 1]
         x = (torch.arange(qw, device=query.device) + 0.5) / qw
         center = torch.stack([x.repeat(qh), y.repeat_interleave(qw)], -1)                      # (N, 2), xy
-        grid = 2 * (center + offsets * offsets.new_tensor([1 / w, 1 / h])) - 1                 # (B, M, points, N, 2)
+        cell = torch.linspace(1 / w, 1 / h, 2, device=query.device)                            # (2,), one token in x and y
+        grid = 2 * (center + offsets * cell) - 1                 # (B, M, points, N, 2)
         sampled = F.grid_sample(value, grid.flatten(0, 1).to(value.dtype), align_corners=False)  # (B*M, D/2M, points, N)
         # Sums over the points with the queries innermost are vectorized; over four neighbors in memory they are not.
         weights = self.weights(query).view(B, N, M, points).permute(0, 2, 3, 1).softmax(2).flatten(0, 1)   # (B*M, points, N)
@@ -851,8 +852,8 @@ def leading_eigenvectors(matrix, k, iterations=4):
     Subspace iteration from 3k fixed random directions, then Rayleigh-Ritz: eigh of 3k x 3k numbers in place of C x C, which
     on a GPU would take longer than the student.  On maps of DINOv2 the edge loss differs by less than 2e-5 from that of eigh.
     """
-    start = torch.randn(len(matrix), min(3 * k, len(matrix)), generator=torch.Generator().manual_seed(0))
-    basis = start.to(matrix)
+    generator = torch.Generator(matrix.device).manual_seed(0)
+    basis = torch.randn(len(matrix), min(3 * k, len(matrix)), generator=generator, device=matrix.device)
     for _ in range(iterations):
         basis = torch.linalg.qr(matrix @ basis).Q                                       # (C, 3k)
     return basis @ torch.linalg.eigh(basis.T @ matrix @ basis).eigenvectors[:, -k:].flip(1)
@@ -867,7 +868,7 @@ def principal_components(teacher, k=8, total=lambda x: x):
     """
     maps = [teacher] if torch.is_tensor(teacher) else teacher
     tokens = torch.cat([t.detach().float().flatten(2).transpose(1, 2).flatten(0, 1) for t in maps])      # (N, C)
-    count = total(tokens.new_tensor(len(tokens)))
+    count = total(tokens.new_full((), len(tokens)))
     tokens = tokens - total(tokens.sum(0)) / count
     covariance = total(tokens.T @ tokens) / count                                                     # (C, C)
     # nan_to_num: a non-finite teacher shall show as a non-finite loss, not as an exception out of eigh
@@ -883,7 +884,8 @@ def edge_loss(student, teacher, k=8, components=None):
     """
     P = principal_components(teacher, k) if components is None else components
     error = torch.einsum("bchw,ck->bkhw", teacher.float() - student.float(), P).flatten(0, 1)[:, None]   # (B*k, 1, H, W)
-    sobel_x = error.new_tensor([[1, 0, -1], [2, 0, -2], [1, 0, -1]])
+    slope = torch.arange(1, -2, -1, dtype=error.dtype, device=error.device)                              # 1 0 -1
+    sobel_x = (2 - slope.abs())[:, None] * slope                                        # (3, 3): 1 0 -1, 2 0 -2, 1 0 -1
     gradients = F.conv2d(error, torch.stack([sobel_x, sobel_x.T])[:, None])             # (B*k, 2, H-2, W-2)
     return gradients[:, 0].abs().mean() + gradients[:, 1].abs().mean()
 

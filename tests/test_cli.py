@@ -253,7 +253,7 @@ def test_ctrl_c_before_the_first_step_is_one_sentence(in_process, photos, tmp_pa
     def interrupted(*args):
         raise KeyboardInterrupt
     monkeypatch.setattr(brixel, "cached_maps", interrupted)
-    assert "nothing to resume" in error_of(in_process, *SMALL, "--data_dir", photos, "--out", tmp_path / "out.pt", "--cache_crops", 4)
+    assert "brixel.py: stopped; states" in error_of(in_process, *SMALL, "--data_dir", photos, "--out", tmp_path / "out.pt", "--cache_crops", 4)
 
 
 def test_photos_that_are_mostly_unreadable_stop_the_run(in_process, photos, tmp_path):
@@ -307,3 +307,24 @@ def test_other_scales_crops_and_precisions_train(in_process, photos, tmp_path, e
 
 def test_tiny_flags_are_what_the_other_tests_think():
     assert TINY == SMALL[:len(TINY)]
+
+
+def test_a_step_neither_copies_from_the_host_nor_reads_back():
+    """Either would make the host wait for a GPU; the eigh of 3k x 3k numbers is the one exception."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Ops(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.add(func._overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    cfg = brixel.load_config(["--preset", "bench", "--backbone", "timm:test_vit", "--mixed_precision", "no"], "preset", lambda _: True, None, "")
+    accelerator, model, upsampler, optimizer = brixel.prepare(cfg, brixel.load_backbone(cfg.backbone, None))
+    image, seen = torch.randint(256, (2, 3, 256, 256), dtype=torch.uint8), set()
+    with Ops():
+        torch.tensor([1.0, 2.0]).sum().item()
+    assert seen >= {"lift_fresh", "_local_scalar_dense"}          # what the two look like
+    seen.clear()
+    with Ops():
+        brixel.train_step([brixel.frozen_pass(model.backbone, image, 4)], upsampler, optimizer, accelerator, cfg)
+    assert "convolution" in seen and not seen & {"lift_fresh", "_local_scalar_dense"}
