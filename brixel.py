@@ -276,7 +276,7 @@ def download(name, page, load, checkpoint=False):
     except (OSError, RuntimeError, ValueError) as error:      # no network, no access, no such model, a damaged file
         reason = "no network" if offline else (str(error).splitlines() or [type(error).__name__])[0]
         if checkpoint:
-            raise BrixelError(f"checkpoint {name}: there is no such file or folder, and no such Hub repository ({reason})") from None
+            raise BrixelError(f"checkpoint {name}: no such file or folder, and no such Hub repository ({reason})") from None
         file = "name a folder, hf:FOLDER" if name.startswith("hf:") else "give a file, --weights FILE"
         raise BrixelError(
             f"backbone {name}: cannot load {page} ({reason}); {file}, or, if it is gated, accept its terms at "
@@ -448,8 +448,8 @@ def sample_weights():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 2. ViT adapter (Fig. 2, left; Sec. 2.1).  Inside, up to section 4, everything is (B, H, W, C), channels last (images
-#    and what goes in and out of Upsampler are (B, C, H, W)), so that LayerNorm and 1x1 convolutions (nn.Linear) need no copy; convolutions see the same memory through `nchw`.
+# 2. ViT adapter (Fig. 2, left; Sec. 2.1).  Up to section 4, all but images and public maps is (B, H, W, C), channels last:
+#    LayerNorm and 1x1 convolutions (nn.Linear) need no copy, and other convolutions see the same memory through `nchw`.
 
 
 def nchw(x):
@@ -801,7 +801,7 @@ def load(path, backbone=None, weights=None):
     """
     if Path(path).is_dir():
         path = Path(path, "brixel.safetensors")
-    elif not Path(path).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not str(path).endswith((".pt", ".pth", ".safetensors")):
+    elif not Path(path).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.pt)(?<!\.pth)(?<!\.safetensors)", str(path)):
         from huggingface_hub import hf_hub_download
         page = str(path)
         path = download(page, page, lambda: hf_hub_download(page, "brixel.safetensors"), checkpoint=True)
@@ -829,7 +829,8 @@ def load(path, backbone=None, weights=None):
     trained_for = {"embed_dim": embed_dim, "patch_size": settings.get("patch_size", backbone.patch_size)}
     for key, value in trained_for.items():
         if value != getattr(backbone, key):
-            raise BrixelError(f"{path} was trained for a backbone with {key} {value} ({settings.get('backbone', 'released')}), "
+            raise BrixelError(f"{path} was trained for a backbone with {key} {value} "
+                              f"({settings.get('backbone', 'released')}), "
                               f"but {backbone.name} has {getattr(backbone, key)} (--backbone)")
     model = Brixel(backbone, scale, width, skip, stem_width)
     load_strictly(model.upsampler, tensors, path, "BRIXEL's network")
@@ -850,7 +851,7 @@ def leading_eigenvectors(matrix, k, iterations=4):
     """The k eigenvectors of largest eigenvalue of a symmetric (C, C) matrix, largest first: (C, k), orthonormal.
 
     Subspace iteration from 3k fixed random directions, then Rayleigh-Ritz: eigh of 3k x 3k numbers in place of C x C, which
-    on a GPU would take longer than the student.  On maps of DINOv2 the edge loss differs by less than 2e-5 from that of eigh.
+    on a GPU would take longer than the student.  On DINOv2's maps the edge loss differs from that of eigh by less than 2e-5.
     """
     generator = torch.Generator(matrix.device).manual_seed(0)
     basis = torch.randn(len(matrix), min(3 * k, len(matrix)), generator=generator, device=matrix.device)
@@ -943,7 +944,7 @@ def frozen_pass(backbone, image, scale):
 
 
 def lr_at(step, cfg, steps_per_epoch):
-    """Learning rate of step 0, 1, ...: cfg.warmup_lr for cfg.warmup_epochs, then cfg.lr, constant or down to 0 on a cosine."""
+    """Learning rate of step 0, 1, ...: warmup_lr for warmup_epochs, then lr, constant or down to 0 on a cosine."""
     warmup = cfg.warmup_epochs * steps_per_epoch
     if step < warmup or cfg.lr_schedule == "constant":
         return cfg.warmup_lr if step < warmup else cfg.lr
@@ -1056,10 +1057,10 @@ def check_out(cfg):
 
 
 def start_log(cfg, start):
-    """Path of out.jsonl.  Lines and states of an earlier run that lie after step `start` are removed: they will come anew."""
+    """Path of out.jsonl.  Lines and states of an earlier run after step `start` are removed: they will come anew."""
     path = beside(cfg, ".jsonl")
     old = path.read_text().splitlines() if start and path.exists() else []
-    old = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= start]      # the last may be half a line
+    old = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= start]  # the last may be half a line
     with atomic(path) as temporary:
         temporary.write_text("".join(f"{line}\n" for line in old))
     for state in beside(cfg, ".state").glob("step_*"):
@@ -1154,7 +1155,7 @@ def prepare(cfg, backbone):
     from accelerate import Accelerator, DataLoaderConfiguration
     from accelerate.utils import set_seed
 
-    accelerator = Accelerator(cpu=torch.backends.mps.is_available(),      # MPS has no float64, which the rings and metrics need
+    accelerator = Accelerator(cpu=torch.backends.mps.is_available(),        # MPS has no float64, which the rings need
                               mixed_precision=precision(cfg), dynamo_backend="inductor" if cfg.compile else None,
                               log_with=None if cfg.report_to == "none" else cfg.report_to,
                               project_dir=Path(cfg.out).absolute().parent,
@@ -1183,7 +1184,7 @@ def train_step(micro, upsampler, optimizer, accelerator, cfg):
             accelerator.backward(loss / len(micro))
         values += torch.stack([loss, *terms.values()]).detach() / len(micro)
     values = accelerator.reduce(values, "mean")
-    scaler = accelerator.scaler      # of fp16: it skips steps of too large gradients and lowers its scale, until nothing is left
+    scaler = accelerator.scaler      # of fp16: it skips steps of too large gradients itself, and lowers its scale
     norm = 0 if scaler else nn.utils.get_total_norm([p.grad for p in upsampler.parameters()])
     bad = ~torch.isfinite(values[0] + norm) | bool(scaler and scaler.get_scale() < 1)
     optimizer.optimizer.found_inf = bad.float()     # fused Adam skips the step on the device; the host need not know
@@ -1224,7 +1225,7 @@ def train(cfg):
     per_step, min_side = cfg.batch_size * world * cfg.grad_accum, cfg.min_side or cfg.teacher_size
     draws, left_out = cfg.max_steps * per_step, data.LeftOut(photos, accelerator)
     options = dict(num_workers=cfg.num_workers, worker_init_fn=data.ignore_signals, pin_memory=device.type == "cuda",
-                   generator=torch.Generator())                   # its own, so that a loader does not disturb an exact resume
+                   generator=torch.Generator())                   # its own: no loader disturbs an exact resume
     stream = data.Photos(photos, train_ids, cfg.cache_crops or draws, cfg.seed, cfg.teacher_size, min_side,
                          cfg.crop, cfg.crop_min, cfg.color_jitter)
     if cfg.cache_crops:
@@ -1272,8 +1273,8 @@ def train(cfg):
             write_log(log, accelerator, done, record)
             if worst_run >= 3:
                 raise BrixelError(f"loss or gradient was not finite in 3 steps in a row before step {done}; they were not "
-                                  f"applied (mean loss of the others {record['loss']:.3g}, l1 {record['l1']:.3g}). Lower --lr or "
-                                  f"use --mixed_precision no; states: {beside(cfg, '.state')}")
+                                  f"applied (mean loss of the others {record['loss']:.3g}, l1 {record['l1']:.3g}). "
+                                  f"Lower --lr or use --mixed_precision no; states: {beside(cfg, '.state')}")
             sums, clock, logged = torch.zeros_like(sums), time.time(), done
         # One process looks at its signals after every step; several have to agree, which they do every 5 steps.
         stop = bool(signals)
@@ -1321,7 +1322,7 @@ def report(cfg, model, held_out, means, left_out):
 
 
 def bench(cfg):
-    """Speed and memory of cfg.max_steps training steps on random photos in memory: prints a line and a JSON line, writes nothing.
+    """Speed and memory of cfg.max_steps steps on random photos in memory: prints a line and a JSON line, writes nothing.
 
     Each part is timed alone: teacher (frozen_pass), student and loss (forward and backward), optimizer.  The floor is the
     time that the step's multiplications take at the speed of one large matrix product.  Medians.
@@ -1405,7 +1406,7 @@ def read_section(name, body, base, lines, loader):
 
 
 def read_config(path):
-    """Sections of config.yaml, each {key: (value, comment)}.  Raises: BrixelError for anything but flat, commented sections."""
+    """Sections of config.yaml, each {key: (value, comment)}.  Raises: BrixelError unless they are flat and commented."""
     import yaml
 
     if not path.is_file():
@@ -1463,9 +1464,9 @@ def check_run(cfg):
     folder = beside(cfg, ".check")
     folder.mkdir(exist_ok=True)
     try:
-        train(argparse.Namespace(**{**vars(cfg), "out": str(folder / "out.pt"), "resume": "", "overwrite": True, "max_steps": 2,
-                                    "log_every": 1, "eval_every": 1, "save_every": 1,
-                                    "cache_crops": min(cfg.cache_crops, cfg.batch_size)}))
+        small = {"max_steps": 2, "log_every": 1, "eval_every": 1, "save_every": 1,
+                 "cache_crops": min(cfg.cache_crops, cfg.batch_size)}
+        train(argparse.Namespace(**{**vars(cfg), **small, "out": str(folder / "out.pt"), "resume": "", "overwrite": True}))
     finally:
         if os.environ.get("RANK", "0") == "0":
             shutil.rmtree(folder, ignore_errors=True)
@@ -1479,7 +1480,7 @@ def main(argv=None):
         cfg = load_config(argv, "preset", lambda section: "max_steps" in section, "paper", __doc__)
         if cfg.export:
             if not cfg.ckpt or len(cfg.export_size) != 2:
-                raise BrixelError("--export needs a checkpoint (--ckpt out.pt) and a height and width (--export_size 256 256)")
+                raise BrixelError("--export needs a checkpoint (--ckpt out.pt) and two sides (--export_size 256 256)")
             released = Path(cfg.ckpt).suffix == ".pth"            # the authors' files do not name their backbone
             load(cfg.ckpt, *((cfg.backbone, cfg.weights) if released else ())).export_onnx(cfg.export, cfg.export_size)
             print(f"wrote {cfg.export}: image (batch, 3, {cfg.export_size[0]}, {cfg.export_size[1]}) -> features")

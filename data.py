@@ -106,7 +106,8 @@ class PhotoIndex:
         self.tars, self.bad = [f for f in files if str(f).endswith(".tar")], {}
         self.members = self.index_tars(cache) if self.tars else np.zeros((0, 3), np.int64)      # tar number, offset, size
         if self.bad and not len(self):
-            raise BrixelError(f"none of the {len(self.bad)} tar files can be read, first: {' '.join(next(iter(self.bad.items())))}")
+            raise BrixelError(f"none of the {len(self.bad)} tar files can be read, first: "
+                              f"{' '.join(next(iter(self.bad.items())))}")
         if not len(self):
             raise BrixelError(f"no photo ({' '.join(IMAGE_SUFFIXES)}, or a .tar of these) below {os.path.abspath(data_dir)}; "
                               f"set {flag}")
@@ -204,7 +205,7 @@ def read_crop(file, size, min_side=0, rng=None, crop_min=0.5):
                 crop = ImageOps.exif_transpose(crop)
     except UNREADABLE as error:
         raise PhotoError("unreadable", f"{type(error).__name__}: {error}") from error
-    crop = F.interpolate(pil_to_tensor(crop)[None], size=(size, size), mode="bicubic", antialias=True)[0]    # uint8 throughout
+    crop = F.interpolate(pil_to_tensor(crop)[None], size=(size, size), mode="bicubic", antialias=True)[0]    # uint8
     return crop.flip(2) if rng and rng.random() < 0.5 else crop
 
 
@@ -263,7 +264,8 @@ class Photos(Stream):
                 continue
             rng = random.Random(f"{self.seed}/{n}")
             try:
-                crop = read_crop(self.photos.open(i), self.size, self.min_side, rng if self.crop == "random" else None, self.crop_min)
+                random_crop = rng if self.crop == "random" else None
+                crop = read_crop(self.photos.open(i), self.size, self.min_side, random_crop, self.crop_min)
                 return color_jitter(crop, self.jitter, rng) if self.jitter else crop, left_out
             except PhotoError as error:
                 self.bad.add(i)
@@ -770,7 +772,8 @@ def bench(folder, size=1024, count=60):
             read(photos.open(n % len(photos)), size=size, rng=random.Random(n))
             seconds[read] += time.perf_counter() - start
     ours, plain = (count / s for s in seconds.values())
-    print(f"{count} crops of {size} px from {len(photos)} photos, one thread: {ours:.1f}/s, plain way {plain:.1f}/s, ratio {ours / plain:.2f}")
+    print(f"{count} crops of {size} px from {len(photos)} photos, one thread: {ours:.1f}/s, plain way {plain:.1f}/s, "
+          f"ratio {ours / plain:.2f}")
 
 
 if __name__ == "__main__":

@@ -422,7 +422,7 @@ def deviations(task, cfg, backbone, n_images, enlarged):
     if any(size % backbone.patch_size for size in cfg.size):
         notes.append(f"images are rounded to multiples of the patch size {backbone.patch_size}, labels are not")
     if enlarged:
-        notes.append(f"{enlarged} of {sum(n_images)} photos have fewer pixels than the teacher's side and are enlarged for it")
+        notes.append(f"{enlarged} of {sum(n_images)} photos have fewer pixels than the teacher's side, are enlarged")
     if getattr(cfg, "depth", "") == "metric":
         notes.append("RMSE in meters, the paper's is in PNG codes / 1000 (--depth encoded)")
     return notes
@@ -574,7 +574,7 @@ def run_pca(cfg):
     stems = [Path(name.replace(".tar at byte ", "_")).stem for name, *_ in photos]
     twice = [stem for stem in stems if stems.count(stem) > 1]
     if twice:
-        raise brixel.BrixelError(f"{stems.count(twice[0])} photos are called {twice[0]}: their pictures would overwrite each other")
+        raise brixel.BrixelError(f"{stems.count(twice[0])} photos are called {twice[0]}: one picture would overwrite the other")
     for (path, index, i), stem in zip(photos, stems):
         image = open_photo(index.open(i), path)
         x = model.preprocess(image, cfg.size)
@@ -589,7 +589,8 @@ def run_pca(cfg):
         if len(cfg.query) == 2:
             at = cfg.query[0] / image.width, cfg.query[1] / image.height
             if not (0 <= at[0] < 1 and 0 <= at[1] < 1):
-                raise brixel.BrixelError(f"query {cfg.query} lies outside {path}, {image.width} x {image.height} pixels (--query X Y)")
+                raise brixel.BrixelError(f"query {cfg.query} lies outside {path}, {image.width} x {image.height} pixels "
+                                         "(--query X Y)")
             rows.append([photo, *(similarity(features, *at) for features in maps.values())])
         out = folder / f"{stem}.pca.png"
         write_panel(out, ("photo", *maps), rows)
@@ -718,8 +719,8 @@ def run_cost(cfg):
     figure.axes[0].legend()
     with brixel.atomic(out) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-    print(json.dumps({"task": "cost", "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-                      "torch": torch.__version__, "rows": records, "settings": vars(cfg)}))
+    name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    print(json.dumps({"task": "cost", "device": name, "torch": torch.__version__, "rows": records, "settings": vars(cfg)}))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -801,8 +802,9 @@ def run_benchmark(cfg):
     n_images = tuple(map(len, splits))
     result = {"task": cfg.task, "stem": stem, "backbone": backbone.name, "ckpt": cfg.ckpt, "rows": records,
               "paper": {name: values.get(backbone.name) for name, values in task.paper.items()},
-              "n_train": n_images[0], "n_val": n_images[1], "seconds": round(time.time() - start, 1), "seed": cfg.seed, "processes": acc.num_processes,
-              "precision": acc.mixed_precision, "deviations": deviations(task, cfg, backbone, n_images, enlarged), "settings": vars(cfg)}
+              "n_train": n_images[0], "n_val": n_images[1], "seconds": round(time.time() - start, 1), "seed": cfg.seed,
+              "processes": acc.num_processes, "precision": acc.mixed_precision,
+              "deviations": deviations(task, cfg, backbone, n_images, enlarged), "settings": vars(cfg)}
     if acc.is_main_process:
         report(task, result, shown)
 
@@ -819,7 +821,8 @@ def run_row(task, cfg, acc, row, model, size, scale, backbone, measure):
     panels = pictures(task, probe, features) if acc.is_main_process else None
     if measure:
         image = val[0]["image"][None].to(acc.device)
-        record["gflops"], (record["ms"],) = gflops(lambda: features.extract(image)), milliseconds([lambda: features.extract(image)], 5)
+        record["gflops"] = gflops(lambda: features.extract(image))
+        record["ms"], = milliseconds([lambda: features.extract(image)], 5)
     return record, panels
 
 

@@ -336,7 +336,7 @@ def test_pushed_model_is_read_back_from_its_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder",
                         lambda self, repo_id, folder_path: shutil.copytree(folder_path, tmp_path / repo_id))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo_id, name: str(tmp_path / repo_id / name))
-    monkeypatch.setattr(brixel, "download", lambda name, page, load: load())
+    monkeypatch.setattr(brixel, "download", lambda name, page, load, checkpoint=False: load())
     model = brixel.Brixel(brixel.load_backbone("timm:test_vit", None)).eval()
     model.push_to_hub("me/features")
     x = torch.randn(1, 3, 48, 48)
