@@ -708,7 +708,7 @@ def run_cost(cfg):
     rows = [columns, *([f"{record[key]:.3g}" if isinstance(record.get(key), float) else str(record.get(key, ""))
                         for key in columns] for record in records)]
     print(*aligned(rows), sep="\n")
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(max(9, 2.4 * len(groups)), 3.4), layout="constrained")
     for axis, key, label in zip(figure.subplots(1, 2), ("gflops", "ms"), ("GFLOPs", f"ms, {device}"), strict=True):
         for i, row in enumerate(("baseline", "BRIXEL", "teacher")):
             axis.bar([n + 0.27 * (i - 1) for n in range(len(groups))], [group[i][key] for group in groups], 0.25, label=row)
