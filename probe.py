@@ -463,9 +463,11 @@ def pictures(task, probe, features, count=4):
         if "depth" in probe:
             truth = batch["depth"][k] * batch["valid"][k]
             low, high = truth[truth > 0].aminmax() if truth.any() else (MIN_DEPTH, MAX_DEPTH)
-            panel["depth"], panel["true depth"] = (depth_colors(x, 0.7 * low, 1.3 * high) for x in (outputs["depth"][k], truth))
+            panel["depth"], panel["true depth"] = (depth_colors(x, 0.7 * low, 1.3 * high) for x in (
+                outputs["depth"][k] * batch["valid"][k], truth))
         if "normal" in probe:
-            panel["normal"], panel["true normal"] = normal_colors(outputs["normal"][k]), normal_colors(batch["normal"][k])
+            panel["normal"], panel["true normal"] = (normal_colors(x[k] * batch["normal_valid"][k]) for x in (
+                outputs["normal"], batch["normal"]))
         panels.append(panel)
     return panels
 
@@ -545,6 +547,15 @@ def feature_row(model, image):
     return [image[0].permute(1, 2, 0).cpu().numpy(), *pca_rgb(teacher[0], *maps)]
 
 
+def with_cross(image, x, y):
+    """The photo as (H, W, 3) uint8 with a cross at pixel x, y."""
+    marked, arm = image.copy(), max(image.size) // 40
+    for color, width in (("black", arm // 3 + 2), ("white", arm // 6 + 1)):
+        for line in ((x - arm, y, x + arm, y), (x, y - arm, x, y + arm)):
+            ImageDraw.Draw(marked).line(line, color, width)
+    return np.asarray(marked)
+
+
 def similarity(features, x, y):
     """Cosine similarity of every token of (C, h, w) to the one at relative position x, y in [0, 1], as (h, w, 3) uint8."""
     from matplotlib import colormaps
@@ -591,7 +602,7 @@ def run_pca(cfg):
             if not (0 <= at[0] < 1 and 0 <= at[1] < 1):
                 raise brixel.BrixelError(f"query {cfg.query} lies outside {path}, {image.width} x {image.height} pixels "
                                          "(--query X Y)")
-            rows.append([photo, *(similarity(features, *at) for features in maps.values())])
+            rows.append([with_cross(image, *cfg.query), *(similarity(features, *at) for features in maps.values())])
         out = folder / f"{stem}.pca.png"
         write_panel(out, ("photo", *maps), rows)
         print(f"wrote {out}: photo {image.width} x {image.height}, image {x.shape[3]} x {x.shape[2]}, "

@@ -47,16 +47,23 @@ def photos(tmp_path):
 
 
 @pytest.fixture
-def in_process():
-    """Run brixel.main in this process: fresh accelerate state, and our signal handlers back afterwards."""
+def fresh_accelerate():
+    """A function that makes accelerate forget its settings: they are global in a process."""
     from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(True)
+    return lambda: AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def in_process(fresh_accelerate):
+    """Run brixel.main in this process: fresh accelerate state, and our signal handlers back afterwards."""
     import brixel
 
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
 
     def run(*args):
-        AcceleratorState._reset_state(True)
+        fresh_accelerate()
         brixel.main([str(arg) for arg in args])
 
     yield run

@@ -229,7 +229,7 @@ def test_one_bad_step_is_not_applied_and_three_in_a_row_stop(in_process, photos,
     assert "3 steps in a row" in message and "--lr" in message and "l1" in message
 
 
-def test_fp16_step_is_bad_once_the_loss_scaler_has_given_up():
+def test_fp16_step_is_bad_once_the_loss_scaler_has_given_up(fresh_accelerate):
     cfg = brixel.load_config(["--preset", "bench", "--backbone", "timm:test_vit", "--mixed_precision", "no"], "preset", lambda _: True, None, "")
     accelerator, model, _, _ = brixel.prepare(cfg, brixel.load_backbone(cfg.backbone, None))
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
@@ -309,7 +309,7 @@ def test_tiny_flags_are_what_the_other_tests_think():
     assert TINY == SMALL[:len(TINY)]
 
 
-def test_a_step_neither_copies_from_the_host_nor_reads_back():
+def test_a_step_neither_copies_from_the_host_nor_reads_back(fresh_accelerate):
     """Either would make the host wait for a GPU; the eigh of 3k x 3k numbers is the one exception."""
     from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -330,7 +330,7 @@ def test_two_processes_equal_one(benchmarks, task):
     (["--task", "pascal"], "invalid choice: 'pascal'"),
     ([], "--task is needed"),
     (["--task", "navi", "--data_dir", "nowhere"], "no folder 'nowhere'; set --data_dir"),
-    (["--task", "navi"], "set --data_dir"),
+    (["--task", "navi"], "no folder 'navi_v1.0'; set --data_dir"),
     (["--task", "ade20k", "--epoch", "3"], "unrecognized arguments: --epoch"),
     (["--task", "ade20k", "--epochs", "0"], "epochs 0 must be 1 or more"),
     (["--task", "ade20k", "--epochs", "many"], "invalid int value: 'many'"),
