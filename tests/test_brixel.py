@@ -131,6 +131,12 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     assert brixel.drop_path(x, 0.3, training=False) is x
 
 
+@pytest.mark.parametrize("shape", [(3, 64, 64), (1, 4, 64, 64)])
+def test_image_of_another_shape_is_one_sentence(toy, shape):
+    with pytest.raises(BrixelError, match=re.escape(f"image of shape {shape}: it must be (B, 3, H, W)")):
+        toy(torch.zeros(shape))
+
+
 def test_adapter_and_head_compile_without_graph_breaks(toy):
     image = torch.randn(1, 3, 64, 96)
     layers = toy.backbone.layers(image)
