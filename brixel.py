@@ -886,6 +886,13 @@ def principal_components(teacher, k=8, total=lambda x: x):
     return leading_eigenvectors(covariance.nan_to_num(0, 0, 0), k)
 
 
+def sobel(x):
+    """Gradients of every channel in x and in y, no padding: (B, C, H, W) -> (B*C, 2, H-2, W-2)."""
+    slope = torch.arange(1, -2, -1, dtype=x.dtype, device=x.device)                     # 1 0 -1
+    sobel_x = (2 - slope.abs())[:, None] * slope                                        # (3, 3): 1 0 -1, 2 0 -2, 1 0 -1
+    return F.conv2d(x.flatten(0, 1)[:, None], torch.stack([sobel_x, sobel_x.T])[:, None])
+
+
 def edge_loss(student, teacher, k=8, components=None):
     """Edge loss, Eq. 2: L1 between the Sobel gradients of the k leading principal components of both maps.
 
@@ -894,19 +901,20 @@ def edge_loss(student, teacher, k=8, components=None):
     Differs from the released code, which squares the difference (train_utils.py).
     """
     P = principal_components(teacher, k) if components is None else components
-    error = torch.einsum("bchw,ck->bkhw", teacher.float() - student.float(), P).flatten(0, 1)[:, None]   # (B*k, 1, H, W)
-    slope = torch.arange(1, -2, -1, dtype=error.dtype, device=error.device)                              # 1 0 -1
-    sobel_x = (2 - slope.abs())[:, None] * slope                                        # (3, 3): 1 0 -1, 2 0 -2, 1 0 -1
-    gradients = F.conv2d(error, torch.stack([sobel_x, sobel_x.T])[:, None])             # (B*k, 2, H-2, W-2)
+    gradients = sobel(torch.einsum("bchw,ck->bkhw", teacher.float() - student.float(), P))              # (B*k, 2, H-2, W-2)
     return gradients[:, 0].abs().mean() + gradients[:, 1].abs().mean()
+
+
+def ring_of(radius, rings):
+    """Ring of every cell by its radius over the largest, right-closed, radius 0 in ring 0: (H, W) -> (H*W,) int64."""
+    return ((radius / radius.max() * rings - 1e-9).ceil().long() - 1).clamp(0).flatten()
 
 
 def ring_index(H, W, rings, device=None):
     """Ring of every FFT cell: radius |frequency| over its maximum, in right-closed rings, DC in ring 0: (H*W,) int64."""
     fy = torch.fft.fftfreq(H, dtype=torch.float64, device=device)[:, None]
     fx = torch.fft.fftfreq(W, dtype=torch.float64, device=device)
-    radius = (fy**2 + fx**2).sqrt()                                                     # (H, W)
-    return ((radius / radius.max() * rings - 1e-9).ceil().long() - 1).clamp(0).flatten()
+    return ring_of((fy**2 + fx**2).sqrt(), rings)
 
 
 def ring_spectrum(x, rings):
@@ -989,6 +997,9 @@ def evaluate(model, held_out, accelerator, left_out, k=8):
         return {"photos": 0}
     names = [f"{row} {term}" for row in ("bilinear", "brixel") for term in ("l1", "edge", "spectral", "cosine")]
     return {name: value / count for name, value in zip(names, sums)} | {"photos": int(count)}
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}      # of mixed precision
 
 
 def precision(cfg):
@@ -1342,14 +1353,14 @@ def bench(cfg):
     """
     import resource
 
-    from probe import gflops, milliseconds
+    from probe import device_name, gflops, milliseconds
 
     backbone = load_backbone(cfg.backbone, cfg.weights)
     check_settings(cfg, backbone)
     accelerator, model, upsampler, optimizer = prepare(cfg, backbone)
     device, cuda = accelerator.device, accelerator.device.type == "cuda"
     image = torch.randint(256, (cfg.batch_size, 3, cfg.teacher_size, cfg.teacher_size), dtype=torch.uint8, device=device)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
 
     def teacher():
         with accelerator.autocast():
@@ -1377,8 +1388,8 @@ def bench(cfg):
     optimizer.zero_grad()
     step, product = milliseconds([steps, lambda: matrix @ matrix], max(cfg.max_steps // 5, 1))
     step, rate = step / 5, 2 * len(matrix)**3 / product * 1000
-    name = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
-    result = {"backbone": backbone.name, "teacher_size": cfg.teacher_size, "batch_size": cfg.batch_size, "device": name,
+    result = {"backbone": backbone.name, "teacher_size": cfg.teacher_size, "batch_size": cfg.batch_size,
+              "device": device_name(),
               "precision": accelerator.mixed_precision, "torch": torch.__version__,
               "images/s": cfg.batch_size * accelerator.num_processes / step * 1000,
               "ms": {"step": step, **ms}, "peak_gib": peak / 2**30, "gflops_per_image": flops / cfg.batch_size / 1e9,

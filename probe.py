@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import brixel
-from data import ADE20K, IGNORE, NAVI, NYU, Benchmark, Cityscapes, PhotoIndex, color_jitter, open_photo
+from data import ADE20K, IGNORE, NAVI, NYU, Benchmark, Cityscapes, PhotoError, PhotoIndex, color_jitter, open_photo
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Readouts
@@ -587,7 +587,10 @@ def run_pca(cfg):
     if twice:
         raise brixel.BrixelError(f"{stems.count(twice[0])} photos are called {twice[0]}: one picture would overwrite the other")
     for (path, index, i), stem in zip(photos, stems):
-        image = open_photo(index.open(i), path)
+        try:
+            image = open_photo(index.open(i), path)
+        except PhotoError as error:                # its tar is gone
+            raise brixel.BrixelError(f"{path} cannot be read: {error}") from None
         x = model.preprocess(image, cfg.size)
         layers = model.backbone.layers(x)
         maps = {"ViT": layers[-1], "bilinear": F.interpolate(layers[-1], scale_factor=model.scale, mode="bilinear"),
@@ -617,6 +620,11 @@ def run_pca(cfg):
 # ----------------------------------------------------------------------------------------------------------------------
 # 9. Cost: --task cost
 
+def device_name():
+    """What the figures were measured on."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
+
+
 def gflops(call):
     """GFLOPs of `call`; attention counted, a multiplication and an addition are 2 FLOPs."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -639,6 +647,11 @@ def milliseconds(calls, repeats):
     return [sorted(record[2:])[repeats // 2] for record in times]
 
 
+def peak_kib():
+    """Most memory that this process has held since the last reset; Linux only."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
 def peak_mib(call, device):
     """Memory that `call` takes at most, beyond what is there before (such as the weights), in MiB; on a CPU under Linux only."""
     if device == "cuda":
@@ -651,11 +664,9 @@ def peak_mib(call, device):
     call()                                                         # what a first call keeps for later ones is there before,
     ctypes.CDLL("libc.so.6").malloc_trim(0)                        # what the allocator keeps is not,
     Path("/proc/self/clear_refs").write_text("5")                  # and the peak starts anew from what is used now
-    peaks = []
-    for part in (lambda: None, call):
-        part()
-        peaks.append(int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]))
-    return (peaks[1] - peaks[0]) / 1024
+    before = peak_kib()
+    call()
+    return (peak_kib() - before) / 1024
 
 
 def cost_rows(name, cfg, device, side, batch):
@@ -668,7 +679,7 @@ def cost_rows(name, cfg, device, side, batch):
     side, scale = side or 16 * backbone.patch_size, model.scale    # 256 pixels for patch 16, 224 for patch 14
     image, large = (torch.randn(batch, 3, n, n, device=device) for n in (side, scale * side))
     cases = {"baseline": (backbone, image), "BRIXEL": (model, image), "teacher": (backbone, large)}
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(brixel.precision(cfg))
+    dtype = brixel.DTYPES.get(brixel.precision(cfg))
     records, timed = [], []
 
     def call_of(module, x):
@@ -730,8 +741,7 @@ def run_cost(cfg):
     figure.axes[0].legend()
     with brixel.atomic(out) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-    name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    print(json.dumps({"task": "cost", "device": name, "torch": torch.__version__, "rows": records, "settings": vars(cfg)}))
+    print(json.dumps({"task": "cost", "device": device_name(), "torch": torch.__version__, "rows": records, "settings": vars(cfg)}))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

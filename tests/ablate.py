@@ -14,16 +14,13 @@ import tempfile
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import brixel
 
 
 def released_edge_loss(student, teacher, k=8, components=None):
     """brixel.edge_loss with the difference squared, as train_utils.py has it."""
-    sobel_x = teacher.new_tensor([[1, 0, -1], [2, 0, -2], [1, 0, -1]])
-    error = torch.einsum("bchw,ck->bkhw", teacher - student, components).flatten(0, 1)[:, None]
-    gradients = F.conv2d(error, torch.stack([sobel_x, sobel_x.T])[:, None])
+    gradients = brixel.sobel(torch.einsum("bchw,ck->bkhw", teacher - student, components))
     return gradients[:, 0].square().mean() + gradients[:, 1].square().mean()
 
 
@@ -31,8 +28,7 @@ def released_ring_index(H, W, rings, device=None):
     """brixel.ring_index as train_utils.py has it: circles around the middle of the unshifted FFT, where the highest frequency lies."""
     y = torch.linspace(-1, 1, H, dtype=torch.float64, device=device)[:, None]
     x = torch.linspace(-1, 1, W, dtype=torch.float64, device=device)
-    radius = (y**2 + x**2).sqrt()
-    return ((radius / radius.max() * rings - 1e-9).ceil().long() - 1).clamp(0).flatten()
+    return brixel.ring_of((y**2 + x**2).sqrt(), rings)
 
 
 def random_head(*args, **kwargs):

@@ -98,6 +98,14 @@ def test_photos_of_a_tar_each_get_a_picture(ckpt, photos, tmp_path):
     assert len(list(tmp_path.glob("two_*.pca.png"))) == 2
 
 
+def test_photo_whose_tar_has_gone_is_one_sentence(ckpt, photos, monkeypatch, capsys):
+    def gone(*args):
+        raise probe.PhotoError("unreadable", "FileNotFoundError: two.tar")
+    monkeypatch.setattr(probe.PhotoIndex, "open", gone)
+    assert error_of(probe.main, ["--task", "pca", "--ckpt", str(ckpt), "--image", str(photos / "1.jpg")]) == "2"
+    assert "1.jpg cannot be read: FileNotFoundError: two.tar" in capsys.readouterr().err
+
+
 def test_flops_of_a_linear_layer_by_hand():
     layer, x = torch.nn.Linear(30, 50, bias=False), torch.randn(7, 30)
     assert probe.gflops(lambda: layer(x)) == pytest.approx(2 * 7 * 30 * 50 / 1e9)
