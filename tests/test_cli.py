@@ -43,8 +43,8 @@ def test_quickstart_differs_from_paper_only_where_it_says():
 
 def test_paper_section_holds_the_recipe_of_section_3():
     paper = {key: value for key, (value, _) in brixel.read_config(ROOT / "config.yaml")["paper"].items()}
-    recipe = dict(backbone="dinov3", teacher_size=1024, scale=4, batch_size=16, max_steps=40_000, lr=1e-3, warmup_lr=1e-4,
-                  warmup_epochs=1, lambda_edge=1, lambda_spectral=0.1, k=8)
+    recipe = {"backbone": "dinov3", "teacher_size": 1024, "scale": 4, "batch_size": 16, "max_steps": 40_000, "lr": 1e-3, "warmup_lr": 1e-4,
+                  "warmup_epochs": 1, "lambda_edge": 1, "lambda_spectral": 0.1, "k": 8}
     assert {key: paper[key] for key in recipe} == recipe
 
 

@@ -48,7 +48,7 @@ def test_exif_rotation_is_applied(format):
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "YCbCr", "1", "I;16", "I", "F", "LAB"])
 def test_any_color_mode_becomes_rgb(mode):
     if mode in ("I;16", "I"):
-        image = Image.fromarray((np.array(gradient(80, 80).convert("L")).astype(np.uint16) << 8))
+        image = Image.fromarray(np.array(gradient(80, 80).convert("L")).astype(np.uint16) << 8)
         image = image if mode == "I;16" else image.convert("I")
     else:
         image = gradient(80, 80).convert(mode) if mode != "LAB" else Image.new("LAB", (80, 80), (128, 128, 128))
