@@ -10,11 +10,13 @@ import argparse
 import contextlib
 import json
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import brixel
 
 
