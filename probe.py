@@ -730,16 +730,17 @@ def run_cost(cfg):
                         for key in columns] for record in records)]
     print(*aligned(rows), sep="\n")
     figure = Figure(figsize=(max(9, 2.4 * len(groups)), 3.4), layout="constrained")
-    for axis, key, label in zip(figure.subplots(1, 2), ("gflops", "ms"), ("GFLOPs, log scale", f"ms, {device}, log scale"), strict=True):
+    for axis, key, label in zip(figure.subplots(1, 2), ("gflops", "ms"), ("GFLOPs", f"ms, {device}"), strict=True):
         for i, row in enumerate(("baseline", "BRIXEL", "teacher")):
-            bars = axis.bar([n + 0.27 * (i - 1) for n in range(len(groups))], [group[i][key] for group in groups], 0.25, label=row)
-            axis.bar_label(bars, [f"{group[i][key]:.{0 if group[i][key] >= 100 else 1}f}" for group in groups], fontsize=8)
+            places, heights = [n + 0.27 * (i - 1) for n in range(len(groups))], [group[i][key] for group in groups]
+            bars = axis.bar(places, heights, 0.25, label=row)
+            axis.bar_label(bars, [f"{height:.{0 if height >= 100 else 1}f}" for height in heights], fontsize=8)
         several = len(cfg.size) * len(cfg.batch_size) > 1
         axis.set_xticks(range(len(groups)), [name + f"\n{side} px x {batch}" * several for name, side, batch in cases])
         axis.set_yscale("log")
         axis.tick_params(axis="y", which="both", left=False, labelleft=False)               # the bars carry their values
         axis.margins(y=0.1)
-        axis.set_ylabel(label)
+        axis.set_ylabel(f"{label}, log scale")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     with brixel.atomic(out) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
