@@ -3,12 +3,15 @@
 import io
 import os
 import random
+import re
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
 import pytest
 import torch
-from conftest import photo
+from conftest import ROOT, photo
 from PIL import Image
 
 import data
@@ -248,3 +251,14 @@ def test_thousand_shards_of_a_thousand_photos_stay_flat_in_memory(tmp_path, caps
         print(f"\n1,000,000 photos: indexed in {seconds[0]:.1f} s, opened with the index in {seconds[1]:.1f} s; "
               f"peak memory {used[0]:.0f} MiB after 1,000 reads, {used[1]:.0f} MiB after 10,000")
     assert used[1] - used[0] < 50
+
+
+def test_bench_compares_two_ways_and_refuses_in_one_sentence(photos):
+    def bench(folder):
+        return subprocess.run([sys.executable, ROOT / "data.py", "--bench", folder], capture_output=True, text=True, check=False)
+    assert re.search(r"60 crops of 1024 px from 8 photos, \d+ thread\(s\): .*ratio \d", bench(photos).stdout)
+    (photos / "bad.jpg").write_bytes(b"no photo")
+    for folder, reason in ((photos, "bad.jpg"), ("nowhere", "set --bench")):
+        done = bench(folder)
+        assert done.returncode == 1 and done.stderr.startswith("data.py: error: ") and reason in done.stderr
+        assert "Traceback" not in done.stderr

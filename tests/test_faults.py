@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import shlex
 import signal
 import struct
 import subprocess
@@ -60,7 +62,7 @@ def test_run_killed_many_times_resumes_bit_for_bit(photos, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_the_state_and_says_how_to_go_on(photos, tmp_path, number):
+def test_signal_saves_the_state_and_says_how_to_go_on(in_process, photos, tmp_path, number):
     process = start(*SMALL, "--data_dir", photos, "--out", tmp_path / "out.pt", "--max_steps", 100_000, "--num_workers", 1)
     while not (tmp_path / "out.jsonl").exists() or not (tmp_path / "out.jsonl").read_text():
         assert process.poll() is None
@@ -69,7 +71,10 @@ def test_signal_saves_the_state_and_says_how_to_go_on(photos, tmp_path, number):
     output = process.communicate(timeout=60)[0]
     states = sorted(tmp_path.glob("out.state/step_*"))
     assert process.returncode == 1 and "--resume latest" in output and "Traceback" not in output
-    assert len(states) == 1 and f"after step {int(states[0].name[5:])}" in output
+    step = int(states[0].name[5:])
+    assert len(states) == 1 and f"after step {step}" in output
+    in_process(*shlex.split(re.search(r"brixel\.py (.*--resume latest)", output)[1]), "--max_steps", step + 1)
+    assert (tmp_path / "out.pt").exists()
 
 
 def test_half_written_states_are_never_picked(in_process, photos, tmp_path):

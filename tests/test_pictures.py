@@ -54,7 +54,8 @@ def test_pca_writes_a_panel_per_photo_and_the_features(ckpt, photos, tmp_path, c
 
 @pytest.mark.parametrize("args, sentence", [
     ([], "needs a checkpoint"), (["--image", "no/such.jpg"], "set --image"), (["--query", "5", "5", "5"], "must be X Y"),
-    (["--query", "999", "5"], "lies outside"), (["--out", "no/such"], "--out no/such/PHOTO.pca.png: no such folder")])
+    (["--query", "999", "5"], "lies outside"), (["--out", "no/such"], "--out no/such/PHOTO.pca.png: no such folder"),
+    (["--save_features", "no/such/a.safetensors"], "--save_features no/such/a.safetensors: no such folder")])
 def test_mistakes_are_one_sentence(ckpt, photos, args, sentence, capsys):
     common = ["--task", "pca", *(["--ckpt", str(ckpt), "--image", str(photos / "1.jpg")] if args else [])]
     assert error_of(probe.main, [*common, *args]) == "2"
