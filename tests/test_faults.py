@@ -77,6 +77,14 @@ def test_signal_saves_the_state_and_says_how_to_go_on(in_process, photos, tmp_pa
     assert (tmp_path / "out.pt").exists()
 
 
+def test_signals_are_collected_and_their_handlers_given_back_after_an_error():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(brixel.BrixelError, match="diverged"), brixel.collected_signals() as signals:
+        signal.raise_signal(signal.SIGINT)
+        raise brixel.BrixelError("diverged")
+    assert signals == [signal.SIGINT] and signal.getsignal(signal.SIGINT) is before
+
+
 def test_half_written_states_are_never_picked(in_process, photos, tmp_path):
     common = [*SMALL, "--data_dir", photos, "--out", tmp_path / "out.pt", "--save_every", 1]
     in_process(*common, "--max_steps", 3)
