@@ -839,6 +839,9 @@ def train(cfg):
     if cfg.report_to != "none" and main and not accelerator.trackers:
         raise BrixelError(f"report_to {cfg.report_to}: that package is not installed (--report_to none)")
     start = load_state(accelerator, cfg, len(photos)) if cfg.resume else 0
+    if start:
+        accelerator.print(f"resuming after step {start} of {cfg.max_steps}" + "; the teacher maps are computed anew first"
+                          * bool(cfg.cache_crops))
     log = start_log(cfg, start) if main else None
     accelerator.print(f"settings: {json.dumps(vars(cfg))}")
     accelerator.print(
@@ -909,12 +912,13 @@ def train(cfg):
             if world > 1:
                 stop = done % 5 == 0 and accelerator.reduce(torch.tensor(float(len(signals)), device=device)).item() > 0
             pause = time.time()
-            if done % cfg.save_every == 0 or stop:
+            if done % cfg.save_every == 0 or done == cfg.max_steps or stop:
                 save_state(accelerator, cfg, done, len(photos))
             if stop:
+                launcher = "python" if world == 1 else "accelerate launch (with its flags)"
                 args = shlex.join(arg for arg in sys.argv[1:] if arg != "--overwrite")
-                sys.exit(f"\nstopped by a signal after step {done}, state saved; to go on, start it as before with "
-                         f"--resume latest: brixel.py {args} --resume latest" if main else 1)
+                sys.exit(f"\nstopped by a signal after step {done}, state saved; to go on: {launcher} brixel.py {args} "
+                         "--resume latest" if main else 1)
             if done % cfg.eval_every == 0 and done < cfg.max_steps:
                 progress.set_postfix_str("evaluating")
                 write_log(log, accelerator, done, evaluate(model, held_out, accelerator, left_out, cfg.k))
@@ -1431,7 +1435,8 @@ def check_out(cfg):
     if Path(cfg.out).suffix not in (".pt", ".safetensors"):
         raise BrixelError(f"--out {cfg.out} must end in .pt or .safetensors")
     check_writable(cfg.out)
-    there = [str(p) for p in (Path(cfg.out), beside(cfg, ".state"), beside(cfg, ".jsonl")) if p.exists()]
+    files = (Path(cfg.out), beside(cfg, ".state"), beside(cfg, ".jsonl"))
+    there = [str(path) for path in files if path.exists() and path.stat().st_size]
     own = cfg.resume == "latest" or cfg.resume and Path(cfg.resume).absolute().parent == beside(cfg, ".state").absolute()
     if there and not (cfg.overwrite or own):
         go_on = "continue with --resume latest, " if any(beside(cfg, ".state").glob("step_*")) else ""
@@ -1495,7 +1500,7 @@ def load_config(argv, flag, wanted, default, description):
     """
     sections = {k: v for k, v in read_config(Path(__file__).with_name("config.yaml")).items() if wanted(v)}
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, add_help=False,
-                                     usage=f"%(prog)s --{flag} NAME [--KEY VALUE ...]   (--help lists the keys)",
+                                     usage=f"%(prog)s --{flag} NAME [--KEY VALUE ...]   (--{flag} NAME --help: its keys)",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(f"--{flag}", choices=list(sections), default=default,
                         help=f"section of config.yaml with the settings below [{default}]")
@@ -1537,19 +1542,22 @@ def main(argv=None):
     try:
         cfg = load_config(argv, "preset", lambda section: "max_steps" in section, "paper", __doc__)
         if cfg.export:
-            if not cfg.ckpt or len(cfg.export_size) != 2:
-                raise BrixelError("--export needs a checkpoint (--ckpt out.pt) and two sides (--export_size 256 256)")
+            if not cfg.ckpt:
+                raise BrixelError("--export needs a checkpoint (--ckpt out.pt)")
+            need(cfg, len(cfg.export_size) == 2, "export_size", "needs two sides in pixels, height and width")
             released = Path(cfg.ckpt).suffix == ".pth"            # the authors' files do not name their backbone
             model = load(cfg.ckpt, *((cfg.backbone, cfg.weights) if released else ()))
             H, W = (side or 16 * model.settings["patch_size"] for side in cfg.export_size)
             model.export_onnx(cfg.export, (H, W))
-            print(f"wrote {cfg.export}: image (batch, 3, {H}, {W}) -> features; other sizes: --export_size H W")
+            print(f"wrote {cfg.export}: image (batch, 3, {H}, {W}), RGB in [0, 1] less {model.backbone.mean} over "
+                  f"{model.backbone.std} -> features; other sizes: --export_size H W")
         else:
             (bench if cfg.bench else check_run if cfg.check else train)(cfg)
     except BrixelError as error:
         sys.exit(f"brixel.py: error: {error}")
     except KeyboardInterrupt:        # within the training loop train() itself saves the state first
-        sys.exit("brixel.py: stopped; states saved earlier are kept (--resume latest)")
+        sys.exit("brixel.py: stopped; " + ("states saved earlier are kept (--resume latest)" if any(
+            beside(cfg, ".state").glob("step_*")) else "there is no state yet, start it again"))
 
 
 if __name__ == "__main__":

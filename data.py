@@ -99,7 +99,7 @@ class PhotoIndex:
         else:
             roots, files = expand(str(data_dir)), []
             if not roots:
-                raise BrixelError(f"no such folder: {os.path.abspath(data_dir)}; set {flag} (or {flag} sample)")
+                raise BrixelError(f"no such file or folder: {os.path.abspath(data_dir)}; set {flag} (or {flag} sample)")
             for root in roots:
                 inside = sorted(os.path.join(folder, n) for folder, _, names in os.walk(root) for n in names)
                 files += inside or [root]

@@ -98,7 +98,7 @@ def test_both_spellings_of_a_flag_work():
     (["--mixed_precision", "fp8"], "mixed_precision 'fp8' is not one of"),
     (["--report_to", "paper"], "report_to 'paper' is not one of"),
     (["--val_share", "1"], "val_share"),
-    (["--data_dir", "no/such/folder"], "no such folder: .*no/such/folder; set --data_dir"),
+    (["--data_dir", "no/such/folder"], "no such file or folder: .*no/such/folder; set --data_dir"),
     (["--backbone", "dinov9"], "unknown backbone 'dinov9'; known: .*dinov3_vitb16.*sample.*siglip2"),
     (["--out", "no/such/folder/out.pt"], "no such folder .*no/such/folder"),
     (["--out", "out.bin"], "must end in .pt or .safetensors"),
@@ -253,7 +253,7 @@ def test_ctrl_c_before_the_first_step_is_one_sentence(in_process, photos, tmp_pa
     def interrupted(*args):
         raise KeyboardInterrupt
     monkeypatch.setattr(brixel, "cached_maps", interrupted)
-    assert "brixel.py: stopped; states" in error_of(in_process, *SMALL, "--data_dir", photos, "--out", tmp_path / "out.pt", "--cache_crops", 4)
+    assert "brixel.py: stopped; there is no state yet" in error_of(in_process, *SMALL, "--data_dir", photos, "--out", tmp_path / "out.pt", "--cache_crops", 4)
 
 
 def test_photos_that_are_mostly_unreadable_stop_the_run(in_process, photos, tmp_path):
@@ -282,7 +282,7 @@ def test_resuming_another_run_does_not_overwrite_this_one(in_process, photos, tm
 
 @pytest.mark.parametrize("args, sentence", [
     (["--export", "x.onnx"], "--export needs a checkpoint"),
-    (["--export", "x.onnx", "--ckpt", "out.pt", "--export_size", "256"], "--export_size 256 256"),
+    (["--export", "x.onnx", "--ckpt", "out.pt", "--export_size", "256"], "needs two sides"),
     (["--export", "x.onnx", "--ckpt", "out.pt", "--export_size", "250", "256"], "nearest valid size is 256 x 256"),
     (["--export", "x.onnx", "--ckpt", "none.pt"], "none.pt")])
 def test_export_mistakes_are_one_sentence(in_process, tmp_path, monkeypatch, args, sentence):

@@ -161,7 +161,7 @@ def test_folders_are_searched_recursively_whatever_the_case_of_the_suffix(tmp_pa
 
 
 def test_missing_and_empty_folders_are_one_sentence(tmp_path):
-    with pytest.raises(BrixelError, match="no such folder.*--data_dir"):
+    with pytest.raises(BrixelError, match="no such file or folder.*--data_dir"):
         data.PhotoIndex(tmp_path / "nothing")
     with pytest.raises(BrixelError, match=r"no photo \(.jpg .*--data_dir"):
         data.PhotoIndex(tmp_path)
