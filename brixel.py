@@ -1436,7 +1436,7 @@ def check_out(cfg):
         raise BrixelError(f"--out {cfg.out} must end in .pt or .safetensors")
     check_writable(cfg.out)
     files = (Path(cfg.out), beside(cfg, ".state"), beside(cfg, ".jsonl"))
-    there = [str(path) for path in files if path.exists() and path.stat().st_size]
+    there = [str(path) for path in files if path.is_dir() or path.is_file() and path.stat().st_size]
     own = cfg.resume == "latest" or cfg.resume and Path(cfg.resume).absolute().parent == beside(cfg, ".state").absolute()
     if there and not (cfg.overwrite or own):
         go_on = "continue with --resume latest, " if any(beside(cfg, ".state").glob("step_*")) else ""
@@ -1539,6 +1539,7 @@ def check_run(cfg):
 
 def main(argv=None):
     """Command line of brixel.py."""
+    cfg = None
     try:
         cfg = load_config(argv, "preset", lambda section: "max_steps" in section, "paper", __doc__)
         if cfg.export:
@@ -1556,8 +1557,9 @@ def main(argv=None):
     except BrixelError as error:
         sys.exit(f"brixel.py: error: {error}")
     except KeyboardInterrupt:        # within the training loop train() itself saves the state first
-        sys.exit("brixel.py: stopped; " + ("states saved earlier are kept (--resume latest)" if any(
-            beside(cfg, ".state").glob("step_*")) else "there is no state yet, start it again"))
+        states = cfg and any(beside(cfg, ".state").glob("step_*"))
+        sys.exit("brixel.py: stopped; " + ("states saved earlier are kept (--resume latest)" if states else
+                                           "there is no state yet, start it again"))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import render
 import torch
-from conftest import ROOT, TINY, photo
+from conftest import FAST, ROOT, photo
 from PIL import Image
 
 import brixel
@@ -22,10 +22,9 @@ COMMANDS = [line.split("  #")[0].strip() for line in README.splitlines() if re.m
 INLINE = [command for command in re.findall(r"`((?:python|accelerate launch) \S+\.py [^`]*)`", README)
           if not re.search(r"\.\.\.|TASK|--help", command)]
 # What makes each of them small; the last of two equal flags counts.
-SMALLER = {"brixel.py": [*TINY, "--teacher_size", "128", "--min_side", "0", "--cache_crops", "0", "--max_steps", "2", "--batch_size", "2",
-                         "--num_workers", "0", "--save_every", "1", "--overwrite"],
-           "pca": ["--size", "64"], "ade20k": ["--size", "32", "--epochs", "1"], "cityscapes": ["--size", "32", "--epochs", "1"],
-           "nyu": ["--size", "32", "--epochs", "1", "--hidden", "8"], "navi": ["--size", "32", "--epochs", "1", "--hidden", "8"]}
+PROBE = ["--size", "32", "--epochs", "1", "--num_workers", "0"]
+SMALLER = {"brixel.py": [*FAST, "--save_every", "1", "--overwrite"], "pca": ["--size", "64"], "ade20k": PROBE, "cityscapes": PROBE,
+           "nyu": [*PROBE, "--hidden", "8"], "navi": [*PROBE, "--hidden", "8"]}
 
 
 def script_and_args(command):
@@ -80,8 +79,7 @@ def test_the_commands_run_one_after_the_other(photos, fresh_accelerate, in_proce
             in_process(*args, *SMALLER[script], *(["--no-overwrite"] if "--resume" in args else []))
         else:
             fresh_accelerate()
-            task = args[args.index("--task") + 1]
-            probe.main([*args, *SMALLER[task], *(["--num_workers", "0"] if task != "pca" else [])])
+            probe.main([*args, *SMALLER[args[args.index("--task") + 1]]])
     written = {path.name for path in tmp_path.iterdir()}
     assert {"out.pt", "out.png", "out.jsonl", "out.state", "photo.pca.png", "features.safetensors", "out.navi.json"} <= written
 
