@@ -1,32 +1,28 @@
-"""Readouts, losses and metrics against the released code's numbers and by hand; the four tasks through the command line."""
-import contextlib
+"""Readouts, losses and metrics against the released code's numbers and by hand; every task through the command line."""
 import json
 import os
 import re
 import subprocess
 import sys
+import tarfile
 from argparse import Namespace
-from pathlib import Path
 
+import numpy as np
 import pytest
+import render
 import torch
+from accelerate import Accelerator
+from conftest import FIXTURES, ROOT, TINY, error_of, tensors
 from PIL import Image
 from safetensors.torch import load_file
-
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
-
-import render
 
 import brixel
 import probe
 
-FIXTURES = HERE / "fixtures"
-
 
 @pytest.fixture(scope="module")
 def released():
-    return load_file(FIXTURES / "probes.safetensors")
+    return tensors("probes")
 
 
 @pytest.fixture(scope="module")
@@ -34,72 +30,80 @@ def values():
     return json.loads((FIXTURES / "probes_values.json").read_text())
 
 
-def parameters(released, prefix):
-    return {key.removeprefix(prefix): value for key, value in released.items() if key.startswith(prefix)}
+def dpt_parameters(tensors, prefix):
+    """Parameters of a released DPT head, conv_0 the shallowest of its levels, under the names of probe.DPT."""
+    names = {rf"conv_{3 - i}\.": f"project.{i}." for i in range(4)}
+    names |= {rf"ref_{3 - i}\.resConfUnit2\.conv\.": f"after.{i}." for i in range(4)}
+    names |= {rf"ref_{2 - i}\.resConfUnit1\.conv\.": f"before.{i}." for i in range(3)} | {r"out_conv\.": "out."}
+    found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    for old, new in names.items():
+        found = {re.sub(f"^{old}", new, key): value for key, value in found.items()}
+    return found
+
+
+def updated(readout, pred, **batch):
+    """What `readout` computes after one batch."""
+    readout.update(pred, batch)
+    return readout.compute()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Readouts
 
 def test_depth_head_agrees_with_the_released_one(released):
-    head = probe.DepthHead(16, width=32)
-    head.load_state_dict(parameters(released, "depth_head."))
-    out = head(released["feats"])
-    torch.testing.assert_close(head.head(released["feats"]), released["depth_head_logits256"], atol=5e-5, rtol=0)
-    torch.testing.assert_close(out, released["depth_head_out"], atol=5e-5, rtol=0)
-    batch = {"features": released["feats"], "depth": torch.zeros(2, 1, 32, 48)}
-    up = probe.predict(torch.nn.ModuleDict({"depth": head}), batch)["depth"]
+    head = probe.Depth(hidden=32).head(16)
+    head.load_state_dict(dpt_parameters(released, "depth_head.head."))
+    torch.testing.assert_close(head(released["feats"]), released["depth_head_out"], atol=5e-5, rtol=0)
+    up = probe.Probe({"depth": head})({"features": released["feats"], "depth": torch.zeros(2, 1, 32, 48)})["depth"]
     torch.testing.assert_close(up, released["depth_head_out_up_32x48"], atol=5e-5, rtol=0)
 
 
 def test_normal_head_agrees_with_the_released_one(released):
-    head = probe.DPT(16, 3, width=32)
-    head.load_state_dict(parameters(released, "normal_head.head."))
+    head = probe.Normals(hidden=32).head(16)
+    head.load_state_dict(dpt_parameters(released, "normal_head.head."))
     torch.testing.assert_close(head(released["feats"]), released["normal_head_out"], atol=5e-5, rtol=0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Losses and metrics
-
 def test_silog_agrees_with_the_released_one(released, values):
-    total, count = probe.silog(released["depth_pred"], released["depth_gt"], released["depth_valid"] > 0)
+    batch = {"depth": released["depth_gt"], "valid": released["depth_valid"] > 0}
+    total, count = probe.Depth().loss(released["depth_pred"], batch)
     assert (total / count).item() == pytest.approx(values["official.silog_loss beta=0.15"], abs=5e-5)
 
 
 def test_silog_by_hand_without_the_image_that_has_no_depth():
     # log differences 1 and 3: mean of squares 5, square of the mean 4; the second image has no valid pixel
-    pred, depth = torch.tensor([[1.0, 3.0], [9.0, 9.0]]).exp().view(2, 1, 1, 2), torch.ones(2, 1, 1, 2)
-    total, count = probe.silog(pred, depth, torch.tensor([True, True, False, False]).view(2, 1, 1, 2), beta=0.5)
+    pred = torch.tensor([[1.0, 3.0], [9.0, 9.0]]).exp().view(2, 1, 1, 2)
+    valid = torch.tensor([True, True, False, False]).view(2, 1, 1, 2)
+    total, count = probe.Depth(silog_beta=0.5).loss(pred, {"depth": torch.ones(2, 1, 1, 2), "valid": valid})
     assert count == 1 and total.item() == pytest.approx(5 - 0.5 * 4)
 
 
 def test_cosine_loss_agrees_with_the_released_one(released, values):
-    normal = released["normal_gt (NaN where invalid)"]
-    total, count = probe.cosine_loss(released["normal_pred"], normal.nan_to_num(), released["normal_valid"] > 0)
+    batch = {"normal": released["normal_gt (NaN where invalid)"], "normal_valid": released["normal_valid"] > 0}
+    total, count = probe.Normals().loss(released["normal_pred"], batch)
     assert (total / count).item() == pytest.approx(values["official.cosine_normal_loss"], abs=5e-5)
 
 
 def test_cross_entropy_counts_labeled_pixels_only():
-    logits, label = torch.zeros(1, 4, 1, 3), torch.tensor([[[0, 255, 3]]], dtype=torch.uint8)
-    total, count = probe.cross_entropy(logits, label)
+    label = torch.tensor([[[0, 255, 3]]], dtype=torch.uint8)
+    total, count = probe.Segmentation(4).loss(torch.zeros(1, 4, 1, 3), {"label": label})
     assert count == 2 and total.item() == pytest.approx(2 * torch.tensor(4.0).log().item())
 
 
 def test_depth_metrics_agree_with_the_released_ones(released, values):
-    pred, depth, valid = released["depth_pred"], released["depth_gt"], released["depth_valid"] > 0
-    aligned = probe.align(pred.clamp(0.001, 10), depth, valid)
-    for key, prediction in (("official.compute_metrics", pred),
-                            ("numpy64.correct per-image scale_shift LSQ over valid only", aligned)):
-        got, want = probe.depth_metrics(probe.depth_sums(prediction, depth, valid)), values[key]
-        names = {"AbsRel": "abs_rel", "RMSE": "rmse", "log10": "log10", "δ1": "delta1", "δ2": "delta2", "δ3": "delta3"}
-        assert {names[k]: v for k, v in want.items()} == pytest.approx(got, abs=5e-5)
+    got = updated(probe.Depth(), released["depth_pred"], depth=released["depth_gt"], valid=released["depth_valid"] > 0)
+    names = {"AbsRel": "abs_rel", "RMSE": "rmse", "log10": "log10", "δ1": "delta1", "δ2": "delta2", "δ3": "delta3"}
+    for key, suffix in (("official.compute_metrics", ""),
+                        ("numpy64.correct per-image scale_shift LSQ over valid only", "_aligned")):
+        want = {names[name] + suffix: value for name, value in values[key].items()}
+        assert want == pytest.approx({name: got[name] for name in want}, abs=5e-5)
 
 
 def test_depth_metrics_by_hand():
     pred, depth = torch.tensor([2.0, 1.0, 7.0]).view(1, 1, 1, 3), torch.tensor([1.0, 1.0, 0.0]).view(1, 1, 1, 3)
-    got = probe.depth_metrics(probe.depth_sums(pred, depth, depth > 0))
-    assert got == pytest.approx({"rmse": 0.5**0.5, "abs_rel": 0.5, "log10": 0.150515, "delta1": 0.5, "delta2": 0.5,
-                                 "delta3": 0.5}, abs=1e-6)
+    got = updated(probe.Depth(), pred, depth=depth, valid=depth > 0)
+    want = {"rmse": 0.5**0.5, "abs_rel": 0.5, "log10": 0.150515, "delta1": 0.5, "delta2": 0.5, "delta3": 0.5}
+    assert {name: got[name] for name in want} == pytest.approx(want, abs=1e-6)
 
 
 def test_alignment_recovers_scale_and_shift_from_valid_pixels():
@@ -108,54 +112,69 @@ def test_alignment_recovers_scale_and_shift_from_valid_pixels():
     pred = torch.where(valid, (depth - 0.3) / 2.5, 99)
     got = probe.align(pred, torch.where(valid, depth, 7), valid)
     torch.testing.assert_close(got[valid].float(), depth[valid])
-    assert probe.align(torch.ones(1, 1, 2, 2), depth[:1, :, :2, :2], valid[:1, :, :2, :2]).isfinite().all()
+    assert probe.align(torch.ones(2, 1, 5, 6), depth, valid & False).isfinite().all()
 
 
 def test_normal_metrics_agree_with_the_released_ones(released, values):
-    sums = probe.angle_sums(released["normal_pred"], released["normal_gt (NaN where invalid)"], released["normal_valid"] > 0)
-    got, want = probe.angle_metrics(sums), values["official.normal_metrics"]
+    got = updated(probe.Normals(), released["normal_pred"], normal=released["normal_gt (NaN where invalid)"],
+                  normal_valid=released["normal_valid"] > 0)
+    want = values["official.normal_metrics"]
     assert got["angle_mean"] == pytest.approx(want["ang_mean"], abs=5e-5)
-    assert got["angle_median"] == pytest.approx(want["ang_med"], abs=probe.ANGLE_BIN / 2)
-    assert [got[f"share_{k}"] for k in (11.25, 22.5, 30)] == pytest.approx([want[f"t_{k}"] for k in (11.25, 22.5, 30)], abs=1e-6)
+    assert got["angle_median"] == pytest.approx(want["ang_med"], abs=probe.Normals.bin / 2)
+    shares = [got[f"share_{limit}"] for limit in (11.25, 22.5, 30)]
+    assert shares == pytest.approx([want[f"t_{limit}"] for limit in (11.25, 22.5, 30)], abs=1e-6)
 
 
 def test_normal_metrics_by_hand():
-    pred = torch.tensor([[1.0, 0, 0], [1, 1, 0], [0, 3, 0]]).T.view(1, 3, 1, 3)         # 0, 45 and 90 degrees
+    pred = torch.tensor([[1.0, 0, 0], [1, 1, 0], [-3, 0, 0]]).T.view(1, 3, 1, 3)        # 0, 45 and 180 degrees
     normal = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(1, 3, 1, 3)
-    got = probe.angle_metrics(probe.angle_sums(pred, normal, torch.ones(1, 1, 1, 3, dtype=torch.bool)))
-    assert got == pytest.approx({"angle_mean": 45, "angle_median": 45, "share_11.25": 1 / 3, "share_22.5": 1 / 3,
-                                 "share_30": 1 / 3}, abs=probe.ANGLE_BIN)
+    got = updated(probe.Normals(), pred, normal=normal, normal_valid=torch.ones(1, 1, 1, 3, dtype=torch.bool))
+    assert got == pytest.approx({"angle_mean": 75, "angle_median": 45, "share_11.25": 1 / 3, "share_22.5": 1 / 3,
+                                 "share_30": 1 / 3}, abs=probe.Normals.bin)
 
 
 def test_mean_iou_agrees_with_both_readings(released, values):
     label, pred = released["seg.label (255 ignore, classes 4,5 absent)"], released["seg.pred"]
     logits = torch.nn.functional.one_hot(pred, 6).permute(2, 0, 1)[None].float()
-    counts = probe.confusion(logits, label[None].to(torch.uint8))
-    assert probe.mean_iou(counts) == pytest.approx(values["numpy.mIoU present classes only"], abs=1e-9)
-    assert probe.mean_iou(counts, absent_zero=True) == pytest.approx(
-        values["official.mIoU 6 classes (absent classes count as 0)"], abs=1e-9)
-    assert probe.pixel_accuracy(counts) == pytest.approx(values["official.pixAcc"], abs=1e-9)
+    got = updated(probe.Segmentation(6), logits, label=label[None].to(torch.uint8))
+    assert got == pytest.approx({"miou": values["numpy.mIoU present classes only"],
+                                 "miou_absent_zero": values["official.mIoU 6 classes (absent classes count as 0)"],
+                                 "pixel_accuracy": values["official.pixAcc"]}, abs=1e-9)
 
 
 def test_mean_iou_by_hand():
     # labels 0, 0, 1, ignored; predictions 0, 1, 1, 2: class 2 occurs nowhere that counts
     logits = torch.eye(3)[[0, 1, 1, 2]].T.view(1, 3, 1, 4)
-    counts = probe.confusion(logits, torch.tensor([[[0, 0, 1, 255]]], dtype=torch.uint8))
-    assert probe.mean_iou(counts) == pytest.approx((1 / 2 + 1 / 2) / 2)
-    assert probe.pixel_accuracy(counts) == pytest.approx(2 / 3)
+    got = updated(probe.Segmentation(3), logits, label=torch.tensor([[[0, 0, 1, 255]]], dtype=torch.uint8))
+    assert got == pytest.approx({"miou": (1 / 2 + 1 / 2) / 2, "miou_absent_zero": (1 / 2 + 1 / 2) / 3,
+                                 "pixel_accuracy": 2 / 3})
 
 
 def test_sums_do_not_depend_on_how_a_split_is_cut():
     torch.manual_seed(0)
-    pred, depth = torch.rand(5, 1, 4, 4) + 0.1, torch.rand(5, 1, 4, 4) + 0.1
-    valid, normals = torch.rand(5, 1, 4, 4) > 0.5, torch.randn(2, 5, 3, 4, 4)
+    pred, valid = torch.rand(5, 3, 4, 4) + 0.1, torch.rand(5, 1, 4, 4) > 0.5
     valid[2] = False                                                                  # an image without a valid pixel
-    for cut in (1, 2, 5):
-        parts = [slice(i, i + cut) for i in range(0, 5, cut)]
-        torch.testing.assert_close(sum(probe.depth_sums(pred[s], depth[s], valid[s]) for s in parts),
-                                   probe.depth_sums(pred, depth, valid))
-        torch.testing.assert_close(sum(probe.angle_sums(*normals[:, s], valid[s]) for s in parts),
-                                   probe.angle_sums(*normals, valid))
+    batch = {"depth": torch.rand(5, 1, 4, 4) + 0.1, "valid": valid, "normal": torch.randn(5, 3, 4, 4),
+             "normal_valid": valid, "label": torch.randint(0, 3, (5, 4, 4), dtype=torch.uint8)}
+    for new in (probe.Depth, probe.Normals, lambda: probe.Segmentation(3)):
+        whole, cut = new(), new()
+        channels = 1 if whole.target == "depth" else 3
+        whole.update(pred[:, :channels], batch)
+        for part in (slice(0, 2), slice(2, 3), slice(3, 5)):
+            cut.update(pred[part, :channels], {key: value[part] for key, value in batch.items()})
+        torch.testing.assert_close(whole.sums, cut.sums)
+
+
+def test_colors_by_hand():
+    facing = torch.tensor([0.0, 0, 1]).view(1, 3, 1, 1)                                # away from the camera is +z here
+    batch = {"normal": facing, "normal_valid": torch.ones(1, 1, 1, 1) > 0}
+    assert probe.paint("normal", 2 * facing, batch)[1].tolist() == [[[[127, 127, 255]]]]
+    batch = {"label": torch.tensor([[[0, 1, 255]]], dtype=torch.uint8)}
+    true, pred = probe.paint("label", torch.eye(2)[[0, 0, 1]].T.view(1, 2, 1, 3), batch)
+    assert (pred[0, 0, 0] == true[0, 0, 0]).all() and (pred[0, 0, 1] != true[0, 0, 1]).any() and not true[0, 0, 2].any()
+    depth = torch.tensor([1.0, 4.0, 0.0]).view(1, 1, 1, 3)
+    true, _ = probe.paint("depth", depth, {"depth": depth, "valid": depth > 0})
+    assert true[0, 0, 0].sum() > true[0, 0, 1].sum() > 0 and not true[0, 0, 2].any()    # near is brighter
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -176,58 +195,54 @@ class Tiny(torch.nn.Module):
 
 
 class Items(torch.utils.data.Dataset):
+    split = "train"
+
     def __len__(self):
         return 7
 
     def __getitem__(self, i):
-        generator = torch.Generator().manual_seed(i)
-        image = torch.randint(0, 255, (3, 16, 16), dtype=torch.uint8, generator=generator)
-        return {"image": image, "label": (image[0] // 128)}
+        image = torch.randint(0, 255, (3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
+        return {"image": image, "label": image[0] // 128}
 
 
-def settings(**changes):
-    return Namespace(**{"cache_gb": 1.0, "batch_size": 3, "num_workers": 0, "seed": 1, "lr": 0.1, "weight_decay": 0.0,
-                        "epochs": 3} | changes)
+CFG = Namespace(batch_size=3, num_workers=0, seed=1, lr=0.1, weight_decay=0.0, epochs=3)
 
 
-def test_what_is_cached_is_computed_once_and_changes_nothing():
-    """An item takes 32 bytes of fp16 features and 256 of labels; 7 images, 3 epochs."""
-    from accelerate import Accelerator
+def items(room=1e9, jitter=(0,)):
+    return probe.Features(Items(), Tiny(), Accelerator(cpu=True), CFG, room, jitter)
 
+
+def test_features_that_fit_are_computed_once_and_change_nothing():
+    """An item takes 32 bytes of float16 features and 256 of labels: 7 x 288 in all."""
     fitted = []
-    assert next(probe.Features(Items(), Tiny(), Accelerator(cpu=True), settings()).batches([0]))["features"].dtype is torch.float16
-    for cache_gb, kept in ((1.0, 7), (1e-6, 3), (0.0, 0)):
-        features = probe.Features(Items(), Tiny(), Accelerator(cpu=True), settings(cache_gb=cache_gb))
-        fitted.append(probe.fit(Namespace(targets=("label",), classes=2), features, features.cfg, 4).state_dict())
-        assert len(features.cache) == kept and features.model.seen == 3 * 7 - 2 * kept
-        assert f"of {kept} of 7 training images" in features.summary()
-    for other in fitted[1:]:
-        torch.testing.assert_close(fitted[0], other, atol=1e-6, rtol=1e-5)
+    for room, kept in ((7 * 288, True), (7 * 288 - 1, False)):
+        features = items(room)
+        fitted.append(probe.fit([probe.Segmentation(2)], features, 4, CFG, features.acc).state_dict())
+        assert (features.kept is not None) == kept and features.nbytes == 7 * 288
+        assert features.model.seen == 1 + (7 if kept else 3 * 7)                        # 1: the first, for its size
+    torch.testing.assert_close(*fitted, atol=1e-6, rtol=1e-5)
 
 
-def test_processes_share_out_every_batch():
-    shares = []
-    for rank in range(2):
-        acc = Namespace(num_processes=2, process_index=rank, device=torch.device("cpu"), autocast=contextlib.nullcontext)
-        features = probe.Features(Items(), Tiny(), acc, settings())
-        shares.append([len(batch.get("label", ())) for batch in features.batches([0, 2, 4, 1, 3, 5, 6])])
-        assert sorted(features.cache) == list(range(rank, 7, 2))
-    assert shares == [[3, 0, 1], [0, 3, 0]]
+def test_an_epoch_holds_every_image_once_in_batches_of_even_size():
+    features = items()
+    batches = list(features.batches(torch.tensor([2, 4, 0, 1, 3, 5, 6])))
+    assert [len(batch["label"]) for batch in batches] == [3, 2, 2]
+    images = torch.cat([batch["label"] for batch in batches])
+    assert torch.equal(images, torch.stack([Items()[i]["label"] for i in (2, 4, 0, 1, 3, 5, 6)]))
 
 
-def test_color_jitter_changes_with_the_epoch_and_not_with_the_process():
-    from accelerate import Accelerator
-
-    features = probe.Features(Items(), Tiny(), Accelerator(cpu=True), settings(), jitter=(0.2, 0.2, 0.2, 0.05))
-    first, again, later = (next(features.batches([2, 5], epoch))["features"] for epoch in (0, 0, 1))
-    assert torch.equal(first, again) and not torch.equal(first, later)
-    assert "decoded images" in features.summary() and len(features.cache) == 2
-    plain = next(probe.Features(Items(), Tiny(), Accelerator(cpu=True), settings()).batches([2, 5]))["features"]
-    assert not torch.equal(first, plain)
+@pytest.mark.parametrize("room", [1e9, 0])
+def test_color_jitter_changes_features_with_the_epoch_and_nothing_else(room):
+    features = items(room, jitter=(0.2, 0.2, 0.2, 0.05))
+    order = torch.tensor([2, 5])
+    first, again, later = (next(features.batches(order, epoch))["features"] for epoch in (0, 0, 1))
+    other = next(features.batches(torch.tensor([5, 2]), 0))["features"].flip(0)
+    assert torch.equal(first, again) and torch.equal(first, other) and not torch.equal(first, later)
+    assert not torch.equal(first, next(items().batches(order))["features"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The four tasks, through the command line
+# The four benchmarks, through the command line
 
 SMALL = ["--size", "56", "--epochs", "2", "--batch_size", "4", "--num_workers", "0"]
 
@@ -236,23 +251,22 @@ SMALL = ["--size", "56", "--epochs", "2", "--batch_size", "4", "--num_workers", 
 def benchmarks(tmp_path_factory):
     """The four benchmarks, 5 training and 3 validation images each, and a BRIXEL checkpoint with a random adapter."""
     root = tmp_path_factory.mktemp("benchmarks")
-    textures, splits = render.load_textures(FIXTURES / "ade20k" / "images" / "validation", side=128), {"train": 5, "val": 3}
+    textures = render.load_textures(FIXTURES / "ade20k" / "images" / "validation", side=128)
+    splits = {"train": 5, "val": 3}
     render.write_ade20k(root / "ade20k", textures, splits, height=120, width=160)
     render.write_cityscapes(root / "cityscapes", textures, splits, height=64, width=128)
     render.write_nyu_parquet(root / "nyu", textures, splits, height=72, width=96)
     render.write_navi(root / "navi", textures, splits, height=120, width=160, objects=2)
     torch.manual_seed(0)
-    brixel.Brixel(brixel.load_backbone("sample")).save(root / "out.pt")
+    brixel.Brixel(brixel.load_backbone("timm:test_vit", None)).save(root / "out.pt")
     return root
 
 
 @pytest.fixture
-def run(benchmarks, capsys, monkeypatch):
+def run(benchmarks, capsys, monkeypatch, fresh_accelerate):
     """Runs probe.main in the folder of the benchmarks.  -> (what it printed, the JSON object in the last line)."""
-    from accelerate.state import AcceleratorState
-
     def run(task, *flags):
-        AcceleratorState._reset_state(True)
+        fresh_accelerate()
         monkeypatch.chdir(benchmarks)
         probe.main(["--task", task, "--data_dir", task, *SMALL, *flags])
         printed = capsys.readouterr().out
@@ -260,103 +274,147 @@ def run(benchmarks, capsys, monkeypatch):
     return run
 
 
-def launch(benchmarks, task, processes, *flags):
-    """The JSON object of probe.py on several CPU processes.  (`accelerate launch --cpu` would start one, whatever it is told.)"""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
-               str(HERE.parent / "probe.py"), "--task", task, "--data_dir", task, *SMALL, *flags]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=benchmarks, check=False,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
 @pytest.mark.parametrize(("task", "extra", "metric", "worst"), [
-    ("ade20k", [], "miou", 1), ("cityscapes", ["--teacher"], "pixel_accuracy", 1),
-    ("nyu", ["--hidden", "16"], "rmse_aligned", 10), ("navi", ["--hidden", "16", "--split", "dataset"], "angle_mean", 180)])
+    ("ade20k", [], "miou", 1),
+    ("cityscapes", ["--teacher"], "pixel_accuracy", 1),
+    ("nyu", ["--hidden", "16"], "rmse_aligned", 10),
+    ("navi", ["--hidden", "16", "--split", "dataset"], "angle_mean", 180)])
 def test_task_end_to_end(benchmarks, run, task, extra, metric, worst):
     printed, out = run(task, "--ckpt", "out.pt", *extra)
-    assert out["task"] == task and out["backbone"] == "sample" and (out["n_train"], out["n_val"]) == (5, 3)
+    assert out["task"] == task and out["backbone"] == "timm:test_vit" and (out["n_train"], out["n_val"]) == (5, 3)
     assert [row["row"] for row in out["rows"]] == ["baseline", "BRIXEL"] + ["teacher"] * ("--teacher" in extra)
     assert all(0 <= row[metric] <= worst for row in out["rows"])
-    assert out["settings"]["epochs"] == 2 and out["seed"] == 42 and "epochs 2 instead of" in " ".join(out["deviations"])
-    assert "↑" in printed and "BRIXEL" in printed and "kept in memory" in printed
+    assert out["settings"]["epochs"] == 2 and out["seed"] == 42 and "↑" in printed and "kept in memory" in printed
     assert json.loads((benchmarks / f"out.{task}.json").read_text()) == out
     assert min(Image.open(benchmarks / f"out.{task}.png").size) > 200
 
 
-def test_without_a_checkpoint_the_baseline_runs_alone(benchmarks, run):
-    _, out = run("ade20k", "--backbone", "sample", "--limit", "2", "--batch_size", "1", "--out", "alone.pt")
-    assert [row["row"] for row in out["rows"]] == ["baseline"] and (out["n_train"], out["n_val"]) == (2, 2)
-    assert (benchmarks / "alone.ade20k.json").is_file()
+def test_what_differs_from_the_protocol_is_named(run):
+    _, out = run("cityscapes", "--ckpt", "out.pt", "--teacher", "--limit", "2", "--out", "differs")
+    assert out["deviations"] == [
+        "--size 56", "--epochs 2", "--batch_size 4", "--limit 2",
+        "2 train images instead of 2975", "2 val images instead of 500",
+        "images are rounded to multiples of the patch size 16, labels are not",
+        "photos are enlarged (the first has 128 x 64 pixels)"]
 
 
-def test_several_sizes_give_a_row_each_with_its_cost_and_a_plot(benchmarks, run):
-    _, out = run("cityscapes", "--backbone", "sample", "--out", "sizes.pt", "--size", "42", "84")
+def test_several_sizes_without_a_checkpoint_give_a_baseline_each_with_its_cost_and_a_plot(benchmarks, run):
+    _, out = run("cityscapes", *TINY, "--out", "sizes.pt", "--size", "48", "96")
     small, large = out["rows"]
-    assert (small["size"], large["size"]) == (42, 84)
-    assert 3.5 < large["gflops"] / small["gflops"] < 5 and small["ms"] > 0                # 4x the tokens
+    assert (small["row"], small["size"], large["size"]) == ("baseline", 48, 96)
+    assert 3.9 < large["gflops"] / small["gflops"] < 5 and small["ms"] > 0                # 4x the tokens
     assert Image.open(benchmarks / "sizes.cityscapes.size.png").size[0] > 800
-
-
-def test_colors_by_hand():
-    facing = probe.normal_colors(torch.tensor([0.0, 0, 1]).view(3, 1, 1))                 # away from the camera is +z here
-    assert facing.tolist() == [[[127, 127, 255]]]
-    assert probe.depth_colors(torch.zeros(1, 1, 1), 1, 2).tolist() == [[[0, 0, 0]]]
-    assert probe.class_colors(torch.tensor([[0, 255]]), 19)[0, 1].tolist() == [0, 0, 0]
 
 
 def test_paper_rows_stand_below_for_a_backbone_of_the_paper():
     record = {"row": "BRIXEL", "size": 256, "miou": 0.5, "pixel_accuracy": 0.25, "miou_absent_zero": 0.125}
-    lines = probe.table(probe.TASKS["ade20k"], [record], "dinov3_vitb16")
-    assert [line.split() for line in lines[1:]] == [["BRIXEL", "256", "50.0", "25.0", "12.5"],
-                                                    ["paper,", "baseline", "46.7", "80.5"], ["paper,", "BRIXEL", "49.2", "82.0"]]
-    assert len(probe.table(probe.TASKS["ade20k"], [record], "sample")) == 2
+    lines = probe.table("ade20k", [record], "dinov3_vitb16")
+    assert lines[1:] == [["BRIXEL", "256", "50.0", "25.0", "12.5"], ["paper, baseline", "", "46.7", "80.5", ""],
+                         ["paper, BRIXEL", "", "49.2", "82.0", ""]]
+    assert len(probe.table("ade20k", [record], "sample")) == 2
 
 
-@pytest.mark.parametrize("task", ["navi", "cityscapes"])
-def test_two_processes_equal_one(benchmarks, task):
-    flags = ["--ckpt", "out.pt", *(["--hidden", "16"] if task == "navi" else [])]
-    one, two = (launch(benchmarks, task, n, *flags, "--out", f"{n}.pt") for n in (1, 2))
-    assert (one["processes"], two["processes"]) == (1, 2)
-    for a, b in zip(one["rows"], two["rows"], strict=True):
-        metrics = {key for key in a if key not in ("row", "size", "seconds")}
-        assert {key: a[key] for key in metrics} == pytest.approx({key: b[key] for key in metrics}, abs=2e-3, rel=2e-3)
+@pytest.mark.parametrize(("task", "flags"), [("navi", ["--hidden", "16"]), ("cityscapes", ["--cache_gb", "0"])])
+def test_two_processes_equal_one(benchmarks, task, flags):
+    """With `torchrun`, for `accelerate launch --cpu` starts one process. 3 validation images: the shares are uneven."""
+    rows = []
+    for processes in ("1", "2"):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes,
+                   ROOT / "probe.py", "--task", task, "--data_dir", task, *SMALL, "--lr", "0.01", "--epochs", "6",
+                   "--ckpt", "out.pt", "--out", f"of{processes}", *flags]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=benchmarks, check=False,
+                              env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
+        assert done.returncode == 0, done.stdout + done.stderr
+        out = json.loads(done.stdout.strip().splitlines()[-1])
+        assert out["processes"] == int(processes)
+        rows += out["rows"]
+    for one, two in zip(rows[:2], rows[2:], strict=True):
+        for key in one.keys() - {"row", "size", "seconds"}:
+            assert one[key] == pytest.approx(two[key], rel=1e-3, abs=1e-3), key
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Mistakes
 
 @pytest.mark.parametrize(("flags", "sentence"), [
-    (["--task", "pascal"], "invalid choice: 'pascal'"),
-    ([], "--task is needed"),
     (["--task", "navi", "--data_dir", "nowhere"], "no folder 'nowhere'; set --data_dir"),
-    (["--task", "navi"], "no folder 'navi_v1.0'; set --data_dir"),
-    (["--task", "ade20k", "--epoch", "3"], "unrecognized arguments: --epoch"),
-    (["--task", "ade20k", "--epochs", "0"], "epochs 0 must be 1 or more"),
-    (["--task", "ade20k", "--epochs", "many"], "invalid int value: 'many'"),
-    (["--task", "navi", "--split", "test"], "unknown split 'test'; known: paper, dataset, probe3d"),
-    (["--task", "ade20k", "--mixed_precision", "fp8"], "is not one of auto, no, fp16, bf16"),
-    (["--task", "navi", "--color_jitter", "0"], "needs 4 numbers"),
-    (["--task", "ade20k", "--size", "8"], "must be 32 or more (--size)"),
+    (["--task", "navi", "--data_dir", ".", "--split", "test"], "unknown split 'test'; known: paper, dataset, probe3d"),
+    (["--task", "ade20k", "--batch_size", "0"], "--batch_size 0 must be at least 1"),
+    (["--task", "ade20k", "--out", "no/such"], "--out no/such.ade20k: there is no folder"),
+    (["--task", "ade20k", "--ckpt", "missing.pt"], "missing.pt"),
+    (["--task", "pca"], "needs a checkpoint"),
 ])
-def test_mistakes_are_one_sentence_and_exit_code_2(flags, sentence, capsys):
-    with pytest.raises(SystemExit) as stop:
-        probe.main(flags)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and sentence in error and "Traceback" not in error
+def test_mistakes_are_one_sentence(flags, sentence, fresh_accelerate):
+    tiny = TINY if flags[1] != "pca" else []
+    error = error_of(probe.main, [*flags, *tiny])
+    assert error.startswith("probe.py: error: ") and sentence in error
 
 
-def test_wrong_checkpoints_and_bad_files_are_one_error(benchmarks, run, tmp_path, capsys):
-    (tmp_path / "bad.pt").write_bytes(b"no checkpoint")
-    for ckpt in ("missing.pt", str(tmp_path / "bad.pt")):
-        with pytest.raises(SystemExit, match="2"):
-            run("ade20k", "--ckpt", ckpt)
-        assert re.search(rf"probe.py: error: .*{re.escape(Path(ckpt).name)}", capsys.readouterr().err)
-    black = [torch.zeros(8, 8, 3).byte().numpy()] * 12
-    render.write_ade20k(tmp_path, black, {"train": 2, "val": 1}, height=40, width=40)
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_broken_validation_file_ends_the_run_before_it_trains(run, tmp_path, monkeypatch, workers):
+    render.write_ade20k(tmp_path, [np.zeros((8, 8, 3), np.uint8)] * 12, {"train": 2, "val": 1}, height=40, width=40)
     photo = next(tmp_path.rglob("ADE_val*.jpg"))
     photo.write_bytes(photo.read_bytes()[:200])
-    with pytest.raises(SystemExit, match="2"):
-        run("ade20k", "--backbone", "sample", "--data_dir", str(tmp_path))
-    error = capsys.readouterr().err
-    assert "1 of 1 val samples" in error and photo.name in error
+    monkeypatch.setattr(probe, "fit", lambda *args: pytest.fail("trained"))
+    error = error_of(run, "ade20k", *TINY, "--data_dir", str(tmp_path), "--num_workers", workers, "--cache_gb", "0")
+    assert error.startswith(f"probe.py: error: {photo} ") and "\n" not in error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures and cost
+
+@pytest.fixture
+def pca(benchmarks, tmp_path):
+    """Runs --task pca with the checkpoint of `benchmarks`, into tmp_path."""
+    def pca(*flags):
+        common = ["--ckpt", str(benchmarks / "out.pt"), "--size", "64", "--out", str(tmp_path)]
+        probe.main(["--task", "pca", *common, *flags])
+    return pca
+
+
+def test_pca_writes_a_panel_per_photo_and_the_features(benchmarks, pca, photos, tmp_path):
+    Image.new("RGB", (90, 200), "red").save(photos / "tall.png")
+    saved = tmp_path / "features.safetensors"
+    pca("--image", str(photos / "1.jpg"), str(photos / "*.png"), "--teacher", "--save_features", str(saved))
+    features = load_file(saved)
+    shapes = {path.rsplit("/", 1)[1]: tuple(value.shape) for path, value in features.items()}
+    assert shapes == {"1.jpg": (64, 16, 20), "tall.png": (64, 36, 16)}
+    assert all(Image.open(tmp_path / f"{name}.pca.png").width > 500 for name in ("1", "tall"))
+    model = brixel.load(benchmarks / "out.pt")
+    x = model.preprocess(Image.open(photos / "1.jpg"), 64)
+    torch.testing.assert_close(features[str(photos / "1.jpg")], model(x)[0])
+
+
+def test_pca_of_the_photos_in_a_tar_and_twice_the_same_name(pca, photos, tmp_path):
+    with tarfile.open(tmp_path / "two.tar", "w") as tar:
+        for name in ("1.jpg", "2.jpg"):
+            tar.add(photos / name, name)
+    pca("--image", str(tmp_path / "two.tar"))
+    assert len(list(tmp_path.glob("two_*.pca.png"))) == 2
+    assert "two photos of --image are called 1" in error_of(pca, "--image", str(photos), str(photos / "1.jpg"))
+
+
+def test_cost_counts_parameters_time_and_every_multiplication(capsys):
+    """By hand: 2 FLOPs for each weight and output position of a convolution or linear layer, 4 N^2 D for attention."""
+    probe.main(["--task", "cost", "--backbone", "timm:test_vit", "--repeats", "1", "--size", "64", "--batch_size", "2"])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [(row["row"], row["size"], row["batch"]) for row in rows] == [
+        ("baseline", 64, 2), ("BRIXEL", 64, 2), ("teacher", 256, 2)]
+    backbone, counted = brixel.load_backbone("timm:test_vit", None), [0]
+    model = brixel.Brixel(backbone).eval()
+
+    def count(layer, args, output):
+        positions = output.numel() // len(layer.weight)
+        counted[0] += 2 * positions * layer.weight.numel()
+
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
+            layer.register_forward_hook(count)
+    for row, module, side in zip(rows, (backbone, model, backbone), (64, 64, 256), strict=True):
+        tokens, depth = (side // 16)**2 + backbone.model.num_prefix_tokens, len(backbone.model.blocks)
+        counted[0] = 2 * depth * 4 * tokens**2 * backbone.embed_dim
+        module(torch.zeros(2, 3, side, side))
+        assert row["gflops"] == pytest.approx(counted[0] / 1e9, rel=1e-9), row["row"]
+        assert row["ms"] > 0 and "peak_mib" not in row or torch.cuda.is_available()
+    trained = sum(p.numel() for p in model.upsampler.parameters()) / 1e6
+    assert rows[1]["params_M"] - rows[0]["params_M"] == pytest.approx(trained)

@@ -1,0 +1,220 @@
+"""The four benchmark readers, on rendered scenes in each benchmark's own format, and on three real ADE20K pairs."""
+
+import itertools
+import random
+import shutil
+
+import numpy as np
+import pytest
+import render
+import torch
+from conftest import FIXTURES
+from PIL import Image
+
+import data
+
+PHOTOS = FIXTURES / "ade20k" / "images" / "validation"
+SPLITS = {"train": 3, "val": 2}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """One folder with ADE20K, Cityscapes, NYU and NAVI, small, and what NAVI's writer says is true."""
+    root, textures = tmp_path_factory.mktemp("scenes"), render.load_textures(PHOTOS, side=128)
+    render.write_ade20k(root, textures, SPLITS, height=60, width=80)
+    render.write_cityscapes(root, textures, SPLITS, height=64, width=128)
+    render.write_nyu_parquet(root, textures, SPLITS, height=48, width=64)
+    return root, render.write_navi(root, textures, {"train": 24, "val": 6}, height=96, width=128, objects=2)
+
+
+@pytest.fixture
+def copy(scenes, tmp_path):
+    """A copy of the same folder, to be damaged."""
+    return shutil.copytree(scenes[0], tmp_path / "copy")
+
+
+def test_ade20k_labels_of_real_pairs():
+    """Read off the pictures: sky (3 on disk, class 2) above building (1), grass (9), in the third road (6) below."""
+    for item, below in zip(data.ADE20K(FIXTURES / "ade20k", "val", 256), (9, data.IGNORE, 6), strict=True):
+        assert item["image"].shape == (3, 256, 256)
+        assert item["label"][5, 150] == 2 and item["label"][245, 170] == below
+
+
+def test_image_and_label_stay_aligned_and_ade20k_classes_are_labels_less_one(tmp_path):
+    """A photo whose color is its label, 0, 1, 14, 27 .. 150 in 50 px squares, of which the middle 150x150 is taken."""
+    label = np.kron(np.array([0, 1, *range(20, 150, 14)], np.uint8)[:12].reshape(3, 4), np.ones((50, 50), np.uint8))
+    label[-1, -40] = 150
+    for kind, array, end in (("images", np.stack([label] * 3, -1), "jpg"), ("annotations", label, "png")):
+        render.save(array, tmp_path / kind / "validation" / f"a.{end}", quality=100, subsampling=0)
+    item = data.ADE20K(tmp_path, "val", 150)[0]
+    assert item["label"][0, [0, 24, 25, 74, 75, 149]].tolist() == [255, 255, 0, 0, 19, 33]
+    assert item["label"].dtype == torch.uint8 and item["label"][-1, -15] == 149
+    agree = (item["image"][0].float() - 1 - item["label"].float()).abs() < 2
+    assert agree[:, 25:].float().mean() > 0.95
+
+
+def test_cityscapes_ids_map_to_the_19_classes():
+    by_id = [*[255] * 7, 0, 1, 255, 255, 2, 3, 4, 255, 255, 255, 5, 255, *range(6, 16), 255, 255, *range(16, 19)]
+    assert data.Cityscapes.class_of.tolist() == by_id
+
+
+def test_folder_layouts_read_the_same(copy):
+    city, ade = list(data.Cityscapes(copy, "train", 32)), data.ADE20K(copy, "train", 32)
+    assert len(city) == 3 and city[0]["label"].shape == (32, 64) and len(ade) == 3
+    for kind in ("leftImg8bit", "gtFine"):
+        (copy / f"{kind}_trainvaltest").mkdir()
+        (copy / kind).rename(copy / f"{kind}_trainvaltest" / kind)
+    for old, new in zip(city, data.Cityscapes(copy, "train", 32), strict=True):
+        assert torch.equal(old["image"], new["image"]) and torch.equal(old["label"], new["label"])
+    assert torch.equal(data.ADE20K(copy / "ADEChallengeData2016", "train", 32)[2]["label"], ade[2]["label"])
+
+
+def write_mat(root, items):
+    """nyu_depth_v2_labeled.mat (v7.3, MATLAB's order) and splits.mat (MATLAB 5): train is 2, 3, ..., val is 1."""
+    import h5py
+    from scipy.io import savemat
+    with h5py.File(root / "nyu_depth_v2_labeled.mat", "w", userblock_size=512) as file:
+        file["images"] = np.stack([item["image"].numpy().transpose(0, 2, 1) for item in items])
+        file["depths"] = np.stack([item["depth"][0].numpy().T for item in items])
+    savemat(root / "splits.mat", {"trainNdxs": np.arange(2.0, len(items) + 1)[:, None], "testNdxs": np.array([[1.0]])})
+
+
+def test_nyu_parquet_is_the_rendered_room_and_mat_the_same(scenes, tmp_path):
+    items = list(data.NYU(scenes[0], "train", 48))
+    textures = render.load_textures(PHOTOS, side=128)
+    for item, (_, _, image, depth, _, _) in zip(items, render.rooms(textures, {"train": 3}, 2, 48, 64), strict=True):
+        np.testing.assert_array_equal(item["image"].permute(1, 2, 0), image)
+        np.testing.assert_array_equal(item["depth"][0], depth)
+        assert item["valid"].all()
+    items[0]["depth"][0, 0, :2] = torch.tensor([0, 0.0005])                           # no depth: not valid
+    write_mat(tmp_path, items)
+    again = [*data.NYU(tmp_path, "val", 48), *data.NYU(tmp_path, "train", 48)]
+    for old, new in zip(items, again, strict=True):
+        assert torch.equal(old["image"], new["image"]) and torch.equal(old["depth"], new["depth"])
+    assert (~again[0]["valid"]).nonzero().tolist() == [[0, 0, 0], [0, 0, 1]]
+
+
+def test_nyu_broken_files_are_named(copy):
+    item = data.NYU(copy, "train", 48)[0]
+    (copy / "data" / "train-00001-of-00002.parquet").write_bytes(b"no parquet")
+    with pytest.raises(data.DataError, match="train-00001-of-00002.parquet cannot be read"):
+        data.NYU(copy, "train", 48)
+    write_mat(copy, [item, {**item, "depth": item["depth"] * 1000}])
+    with pytest.raises(data.DataError, match=r"image 2 of .*labeled.mat has depth .*, expected meters"):
+        data.NYU(copy, "train", 48)[0]
+    (copy / "nyu_depth_v2_labeled.mat").write_bytes(b"cut")
+    with pytest.raises(data.DataError, match="image 2 of .*labeled.mat cannot be read"):
+        data.NYU(copy, "train", 48)[0]
+
+
+@pytest.mark.parametrize("size", [96, 40])
+def test_navi_photo_depth_and_normals_are_the_rendered_object(scenes, size):
+    root, truth = scenes
+    dataset, errors = data.NAVI(root, "val", size), []
+    for sample, item in zip(dataset.samples, dataset, strict=True):
+        image, depth, normal, mask = truth[(*sample["depth"].parts[-4:-2], sample["depth"].stem)]
+        top, left = (mask.shape[0] - 96) // 2, (mask.shape[1] - 96) // 2
+        box = left, top, left + 96, top + 96
+        depth, normal, mask = (data.resize_nearest(x, box, size, size) for x in (depth, normal, mask))
+        image = np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box)).astype(float)
+        loaded = item["image"].permute(1, 2, 0).numpy()
+        assert np.abs(loaded - image).mean() < 6 < np.abs(loaded[::-1] - image).mean()    # JPEG; upside down
+        np.testing.assert_array_equal(item["valid"][0], mask)
+        np.testing.assert_allclose(item["depth"][0].numpy()[mask], depth[mask], rtol=1e-3)
+        keep = item["normal_valid"][0].numpy()
+        cosine = (item["normal"].permute(1, 2, 0).numpy() * normal).sum(-1)[keep]
+        errors.append(np.degrees(np.arccos(cosine.clip(-1, 1))))
+    errors = np.concatenate(errors)
+    assert len(errors) > size**2 / 2 and np.median(errors) < 1                        # far off at edges of the shapes
+
+
+def test_navi_depth_of_a_code_by_hand_and_its_encoded_unit(scenes):
+    depth = data.depth_from_code(np.array([0, 1, 655.35, 65535], np.float32))
+    np.testing.assert_allclose(depth, [0, 655.35, 1, 0.01], rtol=1e-6)                # 655350 / code in mm
+    metric, encoded = (data.NAVI(scenes[0], "val", 48, unit=unit)[0] for unit in ("metric", "encoded"))
+    product = (metric["depth"] * encoded["depth"] * 1000)[metric["valid"]]
+    torch.testing.assert_close(product, torch.full_like(product, 655.35))
+
+
+def test_navi_splits_and_the_copies_that_probe3d_leaves(copy):
+    folder = copy / "object_0" / "wild_set"
+    shutil.copy(folder / "images" / "000.jpg", folder / "images" / "downsampled_000.jpg")
+    names = {}
+    for protocol, split in itertools.product(("paper", "dataset", "probe3d"), ("train", "val")):
+        samples = data.NAVI(copy, split, 32, protocol=protocol).samples
+        names[protocol, split] = {"/".join((*s["depth"].parts[-4:-2], s["depth"].stem)) for s in samples}
+    rng, expected = random.Random(42), set()
+    for k in range(2):                                                                # 15 photos each: round(1.5) = 2
+        ids = list(range(15))
+        rng.shuffle(ids)
+        expected |= {f"object_{k}/wild_set/{i:03d}" for i in ids[:2]}
+    wild = {f"object_{k}/wild_set/{i:03d}" for k in range(2) for i in range(15)}
+    assert names["paper", "val"] == expected and names["paper", "train"] == wild - expected
+    assert len(names["dataset", "train"]) == 24 and names["dataset", "val"] == wild - names["dataset", "train"]
+    assert names["probe3d", "val"] == wild
+    assert {name.split("/")[1] for name in names["probe3d", "train"]} == {"multiview-00-pixel_5"}
+
+
+def test_navi_annotations_without_a_focal_length_are_named(copy):
+    path = copy / "object_0" / "wild_set" / "annotations.json"
+    path.write_text(path.read_text().replace("focal_length", "focus"))
+    with pytest.raises(data.DataError, match=f"{path} cannot be read: KeyError: 'focal_length'"):
+        data.NAVI(copy, "val", 32)
+
+
+def test_normals_of_a_tilted_plane_by_hand():
+    """The plane z + x = 1 seen with focal length 10: depth 1 / (1 + x / 10), normal (1, 0, 1) / sqrt 2."""
+    depth = np.tile(1 / (1 + (np.arange(9) - 4) / 10), (9, 1)).astype(np.float32)
+    depth[4, 4] = 0
+    normal, valid = data.normals_from_depth(depth, 10)
+    assert valid.sum() == 7 * 7 - 5 and not valid[4, 4] and not valid[4, 3] and not valid[0].any()
+    np.testing.assert_allclose(normal[:, valid], np.tile([[0.5**0.5], [0], [0.5**0.5]], valid.sum()), atol=1e-5)
+
+
+def test_patch_size_rounds_the_image_and_not_the_labels_and_limit_keeps_evenly_spaced_samples(scenes):
+    item = data.Cityscapes(scenes[0], "val", 60, patch_size=14)[0]
+    assert item["image"].shape == (3, 56, 126) and item["label"].shape == (60, 120)
+    item = data.NYU(scenes[0], "val", 48, patch_size=14, scale=4)[0]
+    assert item["image"].shape == (3, 4 * 42, 4 * 70) and item["depth"].shape == (1, 48, 64)
+    everything, some, most = (data.NAVI(scenes[0], "val", 32, protocol="probe3d", limit=n).samples for n in (0, 4, 99))
+    assert some == [everything[i] for i in (0, 7, 15, 22)] and most == everything
+
+
+@pytest.mark.parametrize("reader", [data.ADE20K, data.Cityscapes, data.NYU, data.NAVI])
+def test_missing_or_empty_root_shows_the_expected_tree(reader, tmp_path):
+    for root, reason in ((tmp_path / "nothing", "no folder.*--data_dir"), (tmp_path, "no train samples")):
+        with pytest.raises(data.DataError, match=reason) as error:
+            reader(root, "train", 32)
+        assert reader.tree in str(error.value)
+
+
+@pytest.mark.parametrize("reader, pattern, first", [
+    (data.ADE20K, "ADE*/annotations/training/*[12].png", "label of ADE_train_00000001"),
+    (data.Cityscapes, "gtFine/train/aachen/*", "label of aachen/aachen_000000_000019"),
+    (data.NAVI, "object_1/wild_set/masks/00[12].png", "mask of object_1/wild_set/001"),
+    (data.NAVI, "object_1/wild_set/images/00[23].jpg", "image of object_1/wild_set/002")])
+def test_missing_partners_are_counted_and_the_first_named(copy, reader, pattern, first):
+    for path in copy.glob(pattern):
+        path.unlink()
+    with pytest.raises(data.DataError, match=f"^2 files missing for .* first: {first}; expected"):
+        reader(copy, "train", 32)
+
+
+@pytest.mark.parametrize("reader, pattern, pixels, reason", [
+    (data.ADE20K, "ADE*/images/training/*1.jpg", None, "cannot be read"),
+    (data.ADE20K, "ADE*/annotations/training/*1.png", None, "cannot be read"),
+    (data.ADE20K, "ADE*/annotations/training/*1.png", np.full((60, 80), 151), "label 151, allowed are 0 to 150"),
+    (data.ADE20K, "ADE*/annotations/training/*1.png", np.ones((60, 79)), "79x60 pixels, expected .* 80x60"),
+    (data.ADE20K, "ADE*/annotations/training/*1.png", np.ones((60, 80, 3)), "mode RGB .*, expected mode L or P"),
+    (data.Cityscapes, "gtFine/train/aachen/*0_*", np.full((64, 128), 34), "label 34, allowed are 0 to 33"),
+    (data.NAVI, "object_0/wild_set/depth/000.png", np.ones((128, 96)), "mode L .*, expected mode I;16 or I")])
+def test_broken_files_are_named_when_they_are_read(copy, reader, pattern, pixels, reason):
+    path = next(copy.glob(pattern))
+    if pixels is None:
+        path.write_bytes(path.read_bytes()[:200])
+    else:
+        render.save(pixels.astype(np.uint8), path)
+    dataset = reader(copy, "train", 32)
+    dataset.samples.sort(key=str)
+    with pytest.raises(data.DataError, match=f"^{path} .*{reason}"):
+        dataset[0]
