@@ -74,7 +74,7 @@ BACKBONES["dinov3"] = BACKBONES["dinov3_vitb16"]
 
 
 def default_out_indices(depth):
-    """The 4 blocks (0-based) that feed the adapter: 12 -> 3 6 9 11, 24 -> 6 12 18 23, 32 -> 8 16 24 31."""
+    """The 4 blocks, of 5 or more, that feed the adapter: 12 -> 3 6 9 11, 24 -> 6 12 18 23, 32 -> 8 16 24 31."""
     return depth // 4, depth // 2, 3 * depth // 4, depth - 1
 
 
@@ -256,11 +256,12 @@ def build_transformers(name, model_name, weights, norm=None):
     if weights not in (None, "pretrained"):
         raise BrixelError(f"{name} takes no --weights {weights}: transformers reads weights from a folder, hf:FOLDER")
     with download(f"backbone {name}", model_name):
-        config = AutoConfig.from_pretrained(model_name)
+        config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
         config = getattr(config, "vision_config", config)
         pixels = AutoImageProcessor.from_pretrained(model_name)
         if weights:
-            model, info = AutoModel.from_pretrained(model_name, config=config, output_loading_info=True)
+            model, info = AutoModel.from_pretrained(model_name, config=config, trust_remote_code=False,
+                                                    output_loading_info=True)
             missing = sorted(k for k in info["missing_keys"] if "pool" not in k and "head" not in k)
             if missing:                            # transformers itself only warns, and leaves them random
                 raise ValueError(f"its weights lack {missing[0]}")
@@ -289,7 +290,9 @@ def download(what, page):
     """Make one BrixelError of what a library raises when it cannot load Hugging Face's `page`."""
     try:
         yield
-    except (OSError, RuntimeError, ValueError) as error:      # no network, no access, no such model, a damaged file
+    except TypeError:             # a mistake of ours
+        raise
+    except Exception as error:    # noqa: BLE001  no network, no access, a damaged file: each library has its own classes
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BrixelError(f"{what}: cannot load {page} ({reason}); name a file or folder (--weights FILE, --backbone "
                           "hf:FOLDER, --ckpt FILE), or, if it is gated, accept its terms at "
@@ -1179,7 +1182,7 @@ not included, under their own license), into features on {scale} times its token
 [Efficient Dense Features with BRIXEL](https://arxiv.org/abs/2511.05168).
 
     model = brixel.load("{name}")
-    features = model(model.preprocess(photo))      # (1, {embed_dim}, {scale} H / {patch_size}, {scale} W / {patch_size})
+    features = model(model.preprocess(photo))      # (1, {embed_dim}, {scale}H/{patch_size}, {scale}W/{patch_size})
 
 Trained without labels: `{command}`.  Means over held-out photos, against the teacher's map: {held_out}.
 """
@@ -1258,8 +1261,13 @@ def load_checkpoint(accelerator, cfg, n_photos):
 
 def check_settings(cfg, backbone):
     """Refuse what would waste hours, before any photo is read or anything is written."""
-    if cfg.optimizer not in ("adam", "muon") or (cfg.optimizer == "muon" and cfg.mixed_precision == "fp16"):
-        raise BrixelError(f"optimizer {cfg.optimizer} must be adam, or muon without mixed_precision fp16 (--optimizer)")
+    allowed = {"optimizer": ("adam", "muon"), "mixed_precision": ("auto", "no", "bf16", "fp16"),
+               "crop": ("random", "center"), "report_to": ("none", "tensorboard", "wandb")}
+    for key, values in allowed.items():
+        if getattr(cfg, key) not in values:
+            raise BrixelError(f"{key} {getattr(cfg, key)} is not one of {', '.join(values)} (--{key})")
+    if cfg.optimizer == "muon" and cfg.mixed_precision == "fp16":
+        raise BrixelError("optimizer muon needs another mixed_precision than fp16 (--optimizer)")
     for key in ("max_steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_every", "k", "scale"):
         if getattr(cfg, key) < 1:
             raise BrixelError(f"{key} {getattr(cfg, key)} must be 1 or more (--{key})")

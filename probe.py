@@ -218,7 +218,8 @@ SEGMENTATION = {"miou": ("mIoU % ↑", 100, ".1f"), "pixel_accuracy": ("pixel ac
 DEPTH = {"rmse": ("RMSE ↓", 1, ".3f"), "abs_rel": ("AbsRel ↓", 1, ".3f"), "log10": ("log10 ↓", 1, ".3f"),
          **{f"delta{k}": (f"δ{k} ↑", 1, ".3f") for k in (1, 2, 3)}}
 ALIGNED = {f"{key}_aligned": (f"aligned {header}", *rest) for key, (header, *rest) in DEPTH.items()}
-NORMALS = {"rmse": ("RMSE ↓", 1, ".3f"), "angle_mean": ("mean ° ↓", 1, ".1f"), "angle_median": ("median ° ↓", 1, ".1f"),
+NORMALS = {"rmse": ("RMSE ↓", 1, ".3f"), "angle_mean": ("mean ° ↓", 1, ".1f"),
+           "angle_median": ("median ° ↓", 1, ".1f"),
            **{f"share_{limit}": (f"< {limit}° % ↑", 100, ".1f") for limit in Normals.limits}}
 
 # counts: training and validation images of the full benchmark; paper: {metric: {backbone: (baseline, BRIXEL)}}, Table 1
@@ -584,7 +585,8 @@ def run_pca(cfg):
         brixel.write_panel(folder / f"{stem}.pca.png", ["photo", *maps], [row])
         if cfg.html:
             write_page(folder / f"{stem}.html", image, maps)
-        print(f"wrote {folder / stem}.pca.png{' and .html' * cfg.html}: {x.shape[2]} x {x.shape[3]} pixels -> {tuple(maps['BRIXEL'].shape)}")
+        files = f"{folder / stem}.pca.png" + f", {folder / stem}.html" * cfg.html
+        print(f"wrote {files}: {x.shape[2]} x {x.shape[3]} pixels -> {tuple(maps['BRIXEL'].shape)}")
         saved[path] = maps["BRIXEL"].cpu().contiguous()
     if cfg.save_features:
         with brixel.atomic(cfg.save_features) as temporary:

@@ -21,7 +21,7 @@ from torchvision.transforms.functional import pil_to_tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import brixel
 import data
-from probe import device_name, gflops, milliseconds
+from probe import gflops, milliseconds
 
 
 def read_plainly(file, size, rng):
@@ -55,7 +55,7 @@ def bench_step(args):
     cfg = brixel.load_config(["--preset", args.preset], "preset", lambda section: "max_steps" in section, None, "")
     cfg.out = "out.pt"
     backbone = brixel.load_backbone(args.backbone, None)
-    accelerator, model, upsampler, optimizers = brixel.set_up(cfg, backbone)
+    accelerator, _, upsampler, optimizers = brixel.set_up(cfg, backbone)
     image = torch.randint(256, (args.batch_size, 3, args.teacher_size, args.teacher_size), dtype=torch.uint8)
     image = image.to(accelerator.device)
     small, layers, target = brixel.frozen_maps(image, backbone, cfg.scale, accelerator)
@@ -73,14 +73,10 @@ def bench_step(args):
         brixel.brixel_loss(output, target, *lambdas, P=P, mean=mean)[0].backward()
 
     def optimizer():
-        brixel.optimizer_step(upsampler, optimizers, accelerator)
-        student_gradients()
-
-    def student_gradients():
         for parameter in upsampler.parameters():
             parameter.grad = torch.zeros_like(parameter)
+        brixel.optimizer_step(upsampler, optimizers, accelerator)
 
-    student_gradients()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     matrix = torch.randn([8192 if image.is_cuda else 2048] * 2, device=image.device, dtype=dtype)
     calls = {"teacher": teacher, "student": student, "loss": loss, "optimizer": optimizer,
@@ -90,7 +86,8 @@ def bench_step(args):
     rate = 2 * len(matrix)**3 / ms.pop("product") * 1000
     step = sum(ms.values())
     result = {"preset": args.preset, "backbone": args.backbone, "teacher_size": args.teacher_size,
-              "batch_size": args.batch_size, "device": device_name(), "precision": accelerator.mixed_precision,
+              "batch_size": args.batch_size, "device": str(accelerator.device), "threads": torch.get_num_threads(),
+              "precision": accelerator.mixed_precision,
               "images/s": args.batch_size / step * 1000, "ms": ms, "share_of_floor": flops / rate / step * 1000}
     print(f"{result['images/s']:.3g} images/s, {step:.4g} ms a step: "
           f"{', '.join(f'{part} {value:.4g}' for part, value in ms.items())}; {result['share_of_floor']:.0%} of the "

