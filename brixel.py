@@ -851,8 +851,11 @@ def set_up(cfg, backbone):
     model = Brixel(backbone, cfg.scale, drop_path=cfg.drop_path, full_rank=cfg.full_rank).to(accelerator.device).train()
     set_seed(cfg.seed, device_specific=True)                      # but not the same stochastic depth
     if cfg.init:
-        weights = load(cfg.init, backbone).upsampler.state_dict()
-        load_strictly(model.upsampler, weights, f"{cfg.init} was trained with another network (--init)")
+        tensors, saved = read_tensors(cfg.init)
+        problem = f"{cfg.init} was trained with another network than {backbone.name}, scale {cfg.scale} (--init)"
+        if saved is None or (saved["backbone"], saved["scale"]) != (backbone.name, cfg.scale):
+            raise BrixelError(problem)
+        load_strictly(model.upsampler, tensors, problem)
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         model.upsampler = nn.SyncBatchNorm.convert_sync_batchnorm(model.upsampler)
     accelerator.init_trackers("brixel", config={key: str(value) for key, value in vars(cfg).items()})
@@ -860,13 +863,12 @@ def set_up(cfg, backbone):
     return accelerator, model, upsampler, optimizers
 
 
-def make_loaders(cfg, index, backbone, accelerator, samples):
+def make_loaders(cfg, index, train_ids, val_ids, backbone, accelerator, samples):
     """Batches of the training samples numbered `samples`, a range; and this process's held-out photos, one by one."""
     from torch.utils.data import DataLoader
 
     import data
 
-    train_ids, val_ids = data.split(len(index), cfg.val_share)
     sizes = cfg.teacher_size, cfg.min_side or cfg.teacher_size
     workers = {"num_workers": cfg.num_workers, "worker_init_fn": data.ignore_ctrl_c,
                "generator": torch.Generator()}                    # its own: no loader disturbs an exact resume
@@ -876,11 +878,12 @@ def make_loaders(cfg, index, backbone, accelerator, samples):
         dataset = cached_maps(cfg, backbone, crops, accelerator)
     sampler = data.Draws(len(dataset), samples.start, samples.stop, cfg.seed)
     if cfg.cache_crops:
-        sampler, workers = [position for _, position in sampler], {}
+        sampler = [position for _, position in sampler]
+        workers = {"generator": torch.Generator()}
     loader = DataLoader(dataset, cfg.batch_size, sampler=sampler, pin_memory=torch.cuda.is_available(), **workers)
     held_out = data.Photos(index, val_ids, *sizes, crop="center")
     own = [(0, position) for position in range(accelerator.process_index, len(val_ids), accelerator.num_processes)]
-    return accelerator.prepare(loader), DataLoader(held_out, sampler=own, num_workers=min(cfg.num_workers, 1))
+    return accelerator.prepare(loader), DataLoader(held_out, sampler=own, generator=torch.Generator())
 
 
 def optimizer_step(upsampler, optimizers, accelerator):
@@ -917,10 +920,12 @@ def train(cfg):
     check_settings(cfg, backbone)
     accelerator, model, upsampler, optimizers = set_up(cfg, backbone)
     index = data.PhotoIndex(cfg.data_dir)
+    train_ids, val_ids = data.split(len(index), cfg.val_share)
     step = load_checkpoint(accelerator, cfg, len(index)) if cfg.resume else remove_old_run(accelerator, cfg)
     per_step = cfg.batch_size * accelerator.num_processes * cfg.grad_accum
     samples = range(step * per_step, cfg.max_steps * per_step)
-    loader, held_out = make_loaders(cfg, index, backbone, accelerator, samples)
+    loader, held_out = make_loaders(cfg, index, train_ids, val_ids, backbone, accelerator, samples)
+    next(iter(held_out), None)                     # unusable held-out photos end the run now, not after hours
     steps_per_epoch = (cfg.cache_crops or len(loader.dataset)) / per_step
     trainable = sum(p.numel() for p in model.upsampler.parameters())
     accelerator.print(f"settings: {json.dumps(vars(cfg))}\n{len(index)} photos, {per_step} samples a step, "
@@ -1160,12 +1165,14 @@ def from_released(tensors, path):
 
 @contextlib.contextmanager
 def atomic(path):
-    """Yield a temporary name beside `path`; rename it to `path` if all went well, else remove it."""
+    """Yield a temporary name beside `path`; rename it to `path` if all went well, else remove it.   Raises: OSError."""
     path = Path(path)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         yield temporary
         os.replace(temporary, path)
+    except RuntimeError as error:                  # torch.save on a full disk
+        raise OSError(f"cannot write {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1228,8 +1235,13 @@ def run_settings(accelerator, cfg, step, n_photos):
 
 def save_checkpoint(accelerator, cfg, step, n_photos):
     """Everything needed to go on after `step` steps, in out.state/step_0000400; whole or not at all; only it stays."""
+    from safetensors import SafetensorError
+
     folder = beside(cfg, ".state")
-    accelerator.save_state(str(folder / "tmp"))
+    try:
+        accelerator.save_state(str(folder / "tmp"))
+    except (RuntimeError, SafetensorError) as error:              # a full disk, as torch and safetensors say it
+        raise OSError(f"cannot save step {step} in {folder}: {error}") from error
     accelerator.wait_for_everyone()                               # each process writes its own random state
     if accelerator.is_main_process:
         (folder / "tmp/settings.json").write_text(json.dumps(run_settings(accelerator, cfg, step, n_photos), indent=1))

@@ -345,6 +345,8 @@ def test_steps_that_are_not_finite_are_not_applied_and_three_in_a_row_stop(in_pr
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_no_usable_photo_is_one_sentence(in_process, photos, tmp_path, workers):
+    _, held_out = data.split(8, 0.01)
+    Image.new("RGB", (600, 600)).save(photos / f"{held_out[0]}.jpg")             # the others are too small
     message = error_of(in_process, *FAST, "--data_dir", photos, "--out", tmp_path / "out.pt", "--min_side", 500,
                        "--num_workers", workers)
     assert re.fullmatch(r"brixel.py: error: 7 photos in a row cannot be used, first .*\.jpg: the short side is 150 px, "
