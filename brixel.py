@@ -151,20 +151,20 @@ class TransformersBackbone(Backbone):
     """A ViT of transformers: DINOv3, DINOv2, SigLIP and others with a final norm under one of the usual names."""
     def __init__(self, name, model, norm, out_indices=None):
         config = model.config
-        final_norm = next((n for n in ("norm", "layernorm", "post_layernorm") if hasattr(model, n)), None)
-        if final_norm is None or not isinstance(getattr(config, "patch_size", None), int):
+        inner = getattr(model, "vision_model", model)         # some versions wrap it
+        norms = [getattr(inner, n) for n in ("norm", "layernorm", "post_layernorm") if hasattr(inner, n)]
+        if not norms or not isinstance(getattr(config, "patch_size", None), int):
             raise BrixelError(f"{name}: {type(model).__name__} has no patch size or no final norm that we know")
         config.tie_last_hidden_states = False      # else some models put the *normed* output last in hidden_states
         out_indices = out_indices or default_out_indices(config.num_hidden_layers)
         super().__init__(name, model, config.patch_size, config.hidden_size, norm, out_indices)
-        self.final_norm = final_norm
+        self.final_norm = norms[0]
         resizes = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
         self.options = {"interpolate_pos_encoding": True} if resizes else {}
 
     def maps(self, x, indices):
-        states = self.model(pixel_values=x, output_hidden_states=True, **self.options).hidden_states
-        norm = getattr(self.model, self.final_norm)
-        return [as_map(norm(states[i + 1]), x, self.patch_size) for i in indices]          # states[0]: embeddings
+        states = self.model(pixel_values=x, output_hidden_states=True, **self.options).hidden_states    # [0]: embeddings
+        return [as_map(self.final_norm(states[i + 1]), x, self.patch_size) for i in indices]
 
 
 def canonical(name):
@@ -397,7 +397,8 @@ class DeformableAttention(nn.Module):
         # where to look: the query's own cell, plus offsets in tokens
         y = (torch.arange(qh, device=query.device) + 0.5) / qh        # query cell centers in [0, 1]
         x = (torch.arange(qw, device=query.device) + 0.5) / qw
-        reference = torch.stack([x.repeat(qh), y.repeat_interleave(qw)], -1)       # (N, 2), xy
+        y, x = torch.meshgrid(y, x, indexing="ij")                        # (qh, qw)
+        reference = torch.stack([x.flatten(), y.flatten()], -1)           # (N, 2)
         offsets = self.offsets(query).view(B, N, M, points, 2).permute(0, 2, 3, 1, 4)
         normalizer = torch.tensor([w, h], device=query.device)
         locations = reference + offsets / normalizer               # (B, M, points, N, 2), in [0, 1]
@@ -638,7 +639,7 @@ class Brixel(nn.Module):
         check_image(example, self.settings["patch_size"])
         with atomic(path) as temporary:
             torch.onnx.export(
-                self.eval(), (example,), str(temporary), dynamo=True, opset_version=20, external_data=False,
+                self.eval(), (example,), str(temporary), dynamo=True, external_data=False,
                 input_names=["image"], output_names=["features"], dynamic_shapes=({0: "batch"},))
 
 
@@ -801,7 +802,7 @@ def cached_maps(cfg, backbone, crops, accelerator):
                 small, layers, teacher = frozen_maps(image, backbone, cfg.scale, accelerator)
                 maps.append(tuple(x[0].half().cpu() for x in (small, *layers, teacher)))
             path.parent.mkdir(exist_ok=True)
-            with atomic(path) as temporary:
+            with full_disk_as_oserror(path), atomic(path) as temporary:
                 torch.save(maps, temporary)
     return torch.load(path, mmap=True, weights_only=True)
 
@@ -1074,7 +1075,7 @@ def load(path, backbone=None, weights=None):
     """
     if Path(path).is_dir():
         path = Path(path, "brixel.safetensors")
-    elif not Path(path).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+    elif not Path(path).suffix and not Path(path).exists() and str(path).count("/") == 1:
         from huggingface_hub import hf_hub_download
         with download(f"checkpoint {path}", str(path)):
             path = hf_hub_download(str(path), "brixel.safetensors")
@@ -1171,10 +1172,19 @@ def atomic(path):
     try:
         yield temporary
         os.replace(temporary, path)
-    except RuntimeError as error:                  # torch.save on a full disk
-        raise OSError(f"cannot write {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def full_disk_as_oserror(path):
+    """Make an OSError, which main() prints, of what torch and safetensors raise where a disk is full."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 CARD = """---
@@ -1235,13 +1245,9 @@ def run_settings(accelerator, cfg, step, n_photos):
 
 def save_checkpoint(accelerator, cfg, step, n_photos):
     """Everything needed to go on after `step` steps, in out.state/step_0000400; whole or not at all; only it stays."""
-    from safetensors import SafetensorError
-
     folder = beside(cfg, ".state")
-    try:
+    with full_disk_as_oserror(folder / "tmp"):
         accelerator.save_state(str(folder / "tmp"))
-    except (RuntimeError, SafetensorError) as error:              # a full disk, as torch and safetensors say it
-        raise OSError(f"cannot save step {step} in {folder}: {error}") from error
     accelerator.wait_for_everyone()                               # each process writes its own random state
     if accelerator.is_main_process:
         (folder / "tmp/settings.json").write_text(json.dumps(run_settings(accelerator, cfg, step, n_photos), indent=1))
