@@ -639,7 +639,7 @@ class Brixel(nn.Module):
         check_image(example, self.settings["patch_size"])
         with atomic(path) as temporary:
             torch.onnx.export(
-                self.eval(), (example,), str(temporary), dynamo=True, external_data=False,
+                self.eval(), (example,), str(temporary), dynamo=True, opset_version=20, external_data=False,
                 input_names=["image"], output_names=["features"], dynamic_shapes=({0: "batch"},))
 
 
