@@ -7,7 +7,7 @@ image at 4x the side length.  No labels are used.
     accelerate launch brixel.py --preset quickstart                      # no GPU: minutes on two cores
     accelerate launch brixel.py --backbone dinov3 --data_dir PHOTOS      # the paper's recipe; writes out.pt
     model = brixel.load("out.pt")
-    features = model(model.preprocess(photo, 256))                       # (1, C, 64, 64) for patch size 16
+    features = model(model.preprocess(photo, 256))                       # (1, C, 64, 64) for a square photo, patch 16
 
 Glossary (paper -> here)
     x           the photo at full size            image   (B, 3, H, W)
@@ -163,7 +163,7 @@ class TransformersBackbone(Backbone):
         self.options = {"interpolate_pos_encoding": True} if resizes else {}
 
     def maps(self, x, indices):
-        states = self.model(pixel_values=x, output_hidden_states=True, **self.options).hidden_states    # [0]: embeddings
+        states = self.model(pixel_values=x, output_hidden_states=True, **self.options).hidden_states  # [0]: embeddings
         return [as_map(self.final_norm(states[i + 1]), x, self.patch_size) for i in indices]
 
 
@@ -174,9 +174,9 @@ def canonical(name):
 
 def normalize(image, backbone):
     """(B, 3, H, W) uint8 -> float32 with the backbone's mean and std removed."""
-    from torchvision.transforms.functional import normalize
+    from torchvision.transforms import functional as TF
 
-    return normalize(image / 255, backbone.mean, backbone.std)
+    return TF.normalize(image / 255, backbone.mean, backbone.std)
 
 
 def load_backbone(name, weights="pretrained"):
@@ -290,9 +290,9 @@ def download(what, page):
     """Make one BrixelError of what a library raises when it cannot load Hugging Face's `page`."""
     try:
         yield
-    except TypeError:             # a mistake of ours
+    except TypeError:             # build_timm knows what it means
         raise
-    except Exception as error:    # noqa: BLE001  no network, no access, a damaged file: each library has its own classes
+    except Exception as error:    # noqa: BLE001  no network, no access, a damaged file: every library's own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BrixelError(f"{what}: cannot load {page} ({reason}); name a file or folder (--weights FILE, --backbone "
                           "hf:FOLDER, --ckpt FILE), or, if it is gated, accept its terms at "
@@ -592,8 +592,10 @@ class Brixel(nn.Module):
         size: short side in pixels (default: the photo's own), rounded to multiples of the patch size;
             or (H, W).
         """
+        from PIL import ImageOps
         from torchvision.transforms.functional import pil_to_tensor
 
+        image = ImageOps.exif_transpose(image)
         if isinstance(size, (tuple, list)):
             H, W = size
         else:
@@ -606,7 +608,7 @@ class Brixel(nn.Module):
         """Write adapter, head and settings (not the backbone) to `path`, .pt or .safetensors.
 
         dtype: of the weights in the file, e.g. torch.float16; default: as they are.
-        info: numbers and strings that shall travel along, such as the command that trained it.
+        info: what shall travel along, plain values and dicts of them, such as the command that trained it.
         """
         tensors = {}
         for name, tensor in self.upsampler.state_dict().items():
@@ -633,9 +635,13 @@ class Brixel(nn.Module):
             HfApi().create_repo(repo_id, exist_ok=True, **kwargs)
             return HfApi().upload_folder(repo_id=repo_id, folder_path=folder)
 
-    def export_onnx(self, path, size=(256, 256)):
-        """Write backbone, adapter and head as one ONNX file: image (batch, 3, *size) -> features."""
-        example = torch.zeros(2, 3, *size, device=next(self.upsampler.parameters()).device)
+    def export_onnx(self, path, size=None):
+        """Write backbone, adapter and head as one ONNX file: image (batch, 3, *size) -> features.
+
+        size: (H, W) of the image in pixels, default 16 x 16 tokens.
+        """
+        H, W = size or 2 * [16 * self.settings["patch_size"]]
+        example = torch.zeros(2, 3, H, W, device=next(self.upsampler.parameters()).device)
         check_image(example, self.settings["patch_size"])
         with atomic(path) as temporary:
             torch.onnx.export(
@@ -926,7 +932,7 @@ def train(cfg):
     per_step = cfg.batch_size * accelerator.num_processes * cfg.grad_accum
     samples = range(step * per_step, cfg.max_steps * per_step)
     loader, held_out = make_loaders(cfg, index, train_ids, val_ids, backbone, accelerator, samples)
-    next(iter(held_out), None)                     # unusable held-out photos end the run now, not after hours
+    next(iter(held_out), None)                     # if no held-out photo can be used, the run ends now, not at its end
     steps_per_epoch = (cfg.cache_crops or len(loader.dataset)) / per_step
     trainable = sum(p.numel() for p in model.upsampler.parameters())
     accelerator.print(f"settings: {json.dumps(vars(cfg))}\n{len(index)} photos, {per_step} samples a step, "
@@ -954,7 +960,7 @@ def train(cfg):
             bad_steps = 0 if applied else bad_steps + 1
             if bad_steps == (20 if accelerator.scaler else 3):
                 raise BrixelError(f"the loss or gradient of {bad_steps} steps in a row, up to step {step + 1}, was not "
-                                  "finite: lower --lr, or use --mixed_precision no, and go on with --resume")
+                                  "finite: start anew (--overwrite) with a lower --lr, or with --mixed_precision no")
             step += 1
             progress.update()
 
@@ -964,7 +970,6 @@ def train(cfg):
                 record = dict(zip(("loss", *terms), means)) | {"images/s": rate, "lr": lr}
                 progress.set_postfix_str(" ".join(f"{name} {value:.3g}" for name, value in record.items()))
                 log(accelerator, cfg, step, record)
-                recent, clock = [], time.time()
             if step % cfg.eval_every == 0 and step < cfg.max_steps:
                 log(accelerator, cfg, step, evaluate(model, held_out, accelerator))
             stop = accelerator.check_trigger()
@@ -972,6 +977,8 @@ def train(cfg):
                 save_checkpoint(accelerator, cfg, step, len(index))
             if stop:
                 sys.exit(f"\nstopped by a signal after step {step}; to go on, add --resume")
+            if step % cfg.log_every == 0:
+                recent, clock = [], time.time()
     progress.close()
     finish(cfg, model, held_out, accelerator)
 
@@ -1075,7 +1082,7 @@ def load(path, backbone=None, weights=None):
     """
     if Path(path).is_dir():
         path = Path(path, "brixel.safetensors")
-    elif not Path(path).suffix and not Path(path).exists() and str(path).count("/") == 1:
+    elif not Path(path).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.pt)(?<!\.pth)(?<!\.safetensors)", str(path)):
         from huggingface_hub import hf_hub_download
         with download(f"checkpoint {path}", str(path)):
             path = hf_hub_download(str(path), "brixel.safetensors")
@@ -1261,7 +1268,8 @@ def load_checkpoint(accelerator, cfg, n_photos):
     """Go on from the last checkpoint of this run.   Returns: its step.   Raises: BrixelError on other settings."""
     found = sorted(beside(cfg, ".state").glob("step_*"))
     if not found:
-        raise BrixelError(f"there is no checkpoint of a run in {beside(cfg, '.state')} (--resume)")
+        raise BrixelError(f"there is no checkpoint of a run in {beside(cfg, '.state')}: start anew with --overwrite "
+                          "(--resume)")
     saved = json.loads((found[-1] / "settings.json").read_text())
     now = run_settings(accelerator, cfg, saved["step"], n_photos)
     changed = [f"{key} was {saved.get(key)!r}, is {now[key]!r}" for key in now
@@ -1286,6 +1294,9 @@ def check_settings(cfg, backbone):
             raise BrixelError(f"{key} {getattr(cfg, key)} is not one of {', '.join(values)} (--{key})")
     if cfg.optimizer == "muon" and cfg.mixed_precision == "fp16":
         raise BrixelError("optimizer muon needs another mixed_precision than fp16 (--optimizer)")
+    if len(cfg.color_jitter) != 4 or min(cfg.color_jitter) < 0 or cfg.color_jitter[3] > 0.5:
+        raise BrixelError(f"color_jitter {cfg.color_jitter} must be 4 numbers from 0 up, the hue at most 0.5 "
+                          "(--color_jitter)")
     for key in ("max_steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_every", "k", "scale"):
         if getattr(cfg, key) < 1:
             raise BrixelError(f"{key} {getattr(cfg, key)} must be 1 or more (--{key})")
@@ -1308,7 +1319,8 @@ def check_out(cfg):
     if Path(cfg.out).suffix not in (".pt", ".safetensors"):
         raise BrixelError(f"--out {cfg.out} must end in .pt or .safetensors")
     check_writable(cfg.out)
-    there = [path for path in (Path(cfg.out), beside(cfg, ".state"), beside(cfg, ".jsonl")) if path.exists()]
+    files = Path(cfg.out), beside(cfg, ".state"), beside(cfg, ".jsonl"), beside(cfg, ".png")
+    there = [path for path in files if path.exists()]
     if there and not (cfg.overwrite or cfg.resume):
         raise BrixelError(f"{', '.join(map(str, there))} exist: continue with --resume, start anew with --overwrite, "
                           "or choose another --out")
@@ -1333,10 +1345,13 @@ def load_config(argv, flag, wanted, default, description, path=Path(__file__).wi
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, add_help=False,
                                      usage=f"%(prog)s --{flag} NAME [--KEY VALUE ...]  (--{flag} NAME --help: keys)",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(f"--{flag}", choices=list(sections), default=default, required=default is None,
-                        help=f"section of config.yaml with the settings below [{default}]")
+    parser.add_argument(f"--{flag}", choices=list(sections), default=default,
+                        help=f"section of config.yaml with the settings below [{default or 'must be given'}]")
     name = getattr(parser.parse_known_args(argv)[0], flag)
     parser.add_argument("-h", "--help", action="help", help="show this text")
+    if name is None:
+        parser.parse_known_args(argv)              # shows the help if it is asked for
+        parser.error(f"--{flag} is needed: {', '.join(sections)}")
 
     # A key's type and help are those of the last line, in this section or above, that sets it with a comment.
     above = text[:re.search(rf"^{name}:(.*\n)((#.*|  .*)\n)*", text, re.MULTILINE).end()]

@@ -11,7 +11,7 @@
 Rows: "baseline" is the backbone alone; "BRIXEL" the checkpoint on the same image; "teacher" the backbone on the image
 at 4x the side, the ceiling. Each gets its own small readout, trained with the same seed, batches and steps on frozen
 features of the last layer. Prints a table beside the paper's numbers and, as the last line, one JSON object; writes
-out.TASK.json and out.TASK.png beside the checkpoint. Settings: config.yaml, section of the task's name.
+out.TASK.json and out.TASK.png beside the checkpoint (--out). Settings: config.yaml, section of the task's name.
 """
 import base64
 import io
@@ -393,7 +393,7 @@ def run_row(cfg, acc, row, size, model, scale, backbone):
         splits.append(reader(cfg.data_dir, split, size, backbone.patch_size, scale, cfg.limit, **options))
     room = cfg.cache_gb * 1e9
     train = Features(splits[0], model, acc, cfg, room, cfg.color_jitter)
-    val = Features(splits[1], model, acc, cfg, room - train.nbytes)
+    val = Features(splits[1], model, acc, cfg, room - train.nbytes * bool(train.kept))
     readouts = TASKS[cfg.task]["readouts"](cfg)
     probe = fit(readouts, train, backbone.embed_dim, cfg, acc)
     record = score(probe, readouts, val, acc)
@@ -523,7 +523,7 @@ def as_text(content):
 
 
 def write_page(path, photo, maps):
-    """Write assets/explore.html with one photo's data: point at the photo, and every map shows what is similar.
+    """Write `path`: assets/explore.html filled with one photo's data; point at it, and every map shows what is similar.
 
     photo: PIL image.   maps: {name: (C, h, w) float}; the last one gives basis and range of the PCA colors.
     Features are sent as their 64 leading directions (not centered, as cosine similarity is not), each token as 8-bit
@@ -585,7 +585,7 @@ def run_pca(cfg):
         brixel.write_panel(folder / f"{stem}.pca.png", ["photo", *maps], [row])
         if cfg.html:
             write_page(folder / f"{stem}.html", image, maps)
-        files = f"{folder / stem}.pca.png" + f", {folder / stem}.html" * cfg.html
+        files = f"{folder / stem}.pca.png" + (f", {folder / stem}.html" if cfg.html else "")
         print(f"wrote {files}: {x.shape[2]} x {x.shape[3]} pixels -> {tuple(maps['BRIXEL'].shape)}")
         saved[path] = maps["BRIXEL"].cpu().contiguous()
     if cfg.save_features:

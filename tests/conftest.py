@@ -49,9 +49,11 @@ def fresh_accelerate():
 
 @pytest.fixture
 def in_process(fresh_accelerate, monkeypatch):
-    """in_process(*args): brixel.main in this process, with as many threads as it has."""
+    """in_process(*args): brixel.main in this process, on one thread: two on a busy machine take longer."""
     import brixel
-    monkeypatch.setattr(torch, "set_num_threads", int)
+
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+
     def run(*args):
         fresh_accelerate()
         brixel.main([str(arg) for arg in args])
