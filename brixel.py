@@ -303,9 +303,9 @@ def download(what, page):
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. ViT adapter (Fig. 2, left; Sec. 2.1)
 #
-# Inside the modules of sections 2 and 3 maps are (B, H, W, C), so that LayerNorm and 1x1 convolutions
-# (nn.Linear) need no copy; nchw() shows other convolutions the same memory.  Images, and maps that
-# come from or go to the user, are (B, C, H, W).
+# Inside the modules of sections 2 and 3 maps are (B, H, W, C), so that LayerNorm and 1x1
+# convolutions (nn.Linear) need no copy; nchw() shows other convolutions the same memory.  Images,
+# and maps that come from or go to the user, are (B, C, H, W).
 
 
 def nchw(x):
@@ -359,7 +359,7 @@ class SpatialPrior(nn.Module):
 class DeformableAttention(nn.Module):
     """Every query looks at `points` learned places per head of the token map (Deformable DETR).
 
-    Differs from the released code: F.grid_sample, not a compiled extension, so that it trains anywhere.
+    Differs from the released code: F.grid_sample, not a compiled extension; it trains anywhere.
     """
 
     def __init__(self, dim, heads=16, points=4):
@@ -374,7 +374,7 @@ class DeformableAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Start by looking 1, 2, 3, 4 tokens away, a direction per head, all points weighted alike."""
+        """Start by looking 1, 2, 3, 4 tokens away, a direction per head, all weights alike."""
         angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
         direction = torch.stack([angle.cos(), angle.sin()], -1)           # (heads, 2)
         direction = direction / direction.abs().amax(-1, keepdim=True)
@@ -405,7 +405,7 @@ class DeformableAttention(nn.Module):
         grid = (2 * locations - 1).to(value.dtype)                  # as grid_sample counts, -1 to 1
         sampled = F.grid_sample(value.flatten(0, 1), grid.flatten(0, 1), align_corners=False)
 
-        # sampled: (B*M, D/2M, points, N); with the queries innermost the sums are vectorized on a CPU
+        # sampled: (B*M, D/2M, points, N); queries innermost, for sums that are vectorized on a CPU
         weights = self.weights(query).view(B, N, M, points).permute(0, 2, 3, 1).softmax(2)
         out = (sampled * weights.flatten(0, 1)[:, None]).sum(2)           # (B*M, D/2M, N)
         out = out.view(B, -1, N).transpose(1, 2).contiguous()             # (B, N, D/2)
@@ -433,7 +433,7 @@ def drop_path(x, p, training):
 
 
 class Extractor(nn.Module):
-    """Queries gather from one layer of the frozen ViT: attention, then ConvFFN, residual, pre-norm."""
+    """Queries gather from one layer of the ViT: attention, then ConvFFN, residual, pre-norm."""
 
     def __init__(self, dim, drop_path):
         super().__init__()
@@ -451,7 +451,7 @@ class Extractor(nn.Module):
 
 
 class Adapter(nn.Module):
-    """ViT adapter: queries on half the output grid read four layers of the ViT, the last one thrice;
+    """ViT adapter: queries on half the output grid read four layers of the ViT, the last thrice;
     they are upsampled and added to the prior on the whole grid.
 
     The ViT itself is never changed (no injectors), so teacher and student share it.
@@ -524,15 +524,15 @@ class Upsampler(nn.Module):
 
     skip: "full" upsamples the ViT's last layer as it is.  "half" first shrinks it to half the token
         grid, a slip of the released code that its checkpoints depend on.
-    full_rank: the adapter's map also reaches the output through one linear layer, not confined to the
-        `width` dimensions in which the head's residual lives.  Not in the paper.
+    full_rank: the adapter's map also reaches the output through one linear layer, not confined to
+        the `width` dimensions in which the head's residual lives.  Not in the paper.
     """
 
     def __init__(self, embed_dim, scale=4, width=64, skip="full", stem_width=64, drop_path=0.3,
                  full_rank=False):
         super().__init__()
         if scale not in (2, 4, 8) or skip not in ("full", "half"):
-            raise BrixelError(f"scale {scale} must be 2, 4 or 8 (--scale), skip {skip!r} full or half")
+            raise BrixelError(f"scale {scale}: 2, 4 or 8 (--scale); skip {skip}: full or half")
         self.scale, self.skip = scale, skip
         self.adapter = Adapter(embed_dim, scale, stem_width, drop_path)
         self.head = Head(embed_dim, width)
@@ -577,7 +577,7 @@ class Brixel(nn.Module):
         return self
 
     def forward(self, x):
-        """x: (B, 3, H, W) normalized, sides multiples of the patch size p -> (B, C, scale*H/p, scale*W/p).
+        """x: (B, 3, H, W) normalized, sides multiples of p -> (B, C, scale*H/p, scale*W/p).
 
         Raises: BrixelError (a ValueError) for any other size; it names the nearest one that fits.
         """
@@ -589,8 +589,7 @@ class Brixel(nn.Module):
     def preprocess(self, image, size=None):
         """PIL image -> (1, 3, H, W) float32, normalized for this backbone, on the model's device.
 
-        size: short side in pixels (default: the photo's own), rounded to multiples of the patch size;
-            or (H, W).
+        size: short side in pixels (default: the photo's own), rounded to the patch size; or (H, W).
         """
         from PIL import ImageOps
         from torchvision.transforms.functional import pil_to_tensor
@@ -608,7 +607,7 @@ class Brixel(nn.Module):
         """Write adapter, head and settings (not the backbone) to `path`, .pt or .safetensors.
 
         dtype: of the weights in the file, e.g. torch.float16; default: as they are.
-        info: what shall travel along, plain values and dicts of them, such as the command that trained it.
+        info: what shall travel along, plain values and dicts, such as the command that trained it.
         """
         tensors = {}
         for name, tensor in self.upsampler.state_dict().items():
@@ -626,7 +625,7 @@ class Brixel(nn.Module):
             temporary.write_bytes(content)
 
     def push_to_hub(self, repo_id, **kwargs):
-        """Upload brixel.safetensors and a model card to the Hub; `brixel.load(repo_id)` reads it back."""
+        """Upload weights and a model card to the Hub; brixel.load(repo_id) reads it back."""
         from huggingface_hub import HfApi
 
         with tempfile.TemporaryDirectory() as folder:
@@ -636,7 +635,7 @@ class Brixel(nn.Module):
             return HfApi().upload_folder(repo_id=repo_id, folder_path=folder)
 
     def export_onnx(self, path, size=None):
-        """Write backbone, adapter and head as one ONNX file: image (batch, 3, *size) -> features.
+        """Write backbone, adapter and head as an ONNX file: image (batch, 3, *size) -> features.
 
         size: (H, W) of the image in pixels, default 16 x 16 tokens.
         """
@@ -645,8 +644,9 @@ class Brixel(nn.Module):
         check_image(example, self.settings["patch_size"])
         with atomic(path) as temporary:
             torch.onnx.export(
-                self.eval(), (example,), str(temporary), dynamo=True, opset_version=20, external_data=False,
-                input_names=["image"], output_names=["features"], dynamic_shapes=({0: "batch"},))
+                self.eval(), (example,), str(temporary), dynamo=True, opset_version=20,
+                external_data=False, input_names=["image"], output_names=["features"],
+                dynamic_shapes=({0: "batch"},))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -662,9 +662,9 @@ def l1_loss(student, teacher):
 def principal_components(teacher, k=8, accelerator=None):
     """The k directions of highest variance of the teacher's tokens, P of Eq. 2, and their mean.
 
-    teacher: (B, C, H, W).   accelerator: for the components of the batches of all processes together.
+    teacher: (B, C, H, W).   accelerator: for the components of all processes' batches together.
     Returns: P (C, k), orthonormal, largest variance first; mean (C,); float32.
-    By svd_lowrank, a fifth of the time of eigh; the edge loss differs by less than 1e-3 of its value.
+    By svd_lowrank, a fifth of the time of eigh; the edge loss differs by less than 1e-3.
     """
     add_up = accelerator.reduce if accelerator else torch.Tensor.clone
     tokens = teacher.float().flatten(2).transpose(1, 2).flatten(0, 1)                  # (N, C)
@@ -689,9 +689,9 @@ def sobel(x):
 
 
 def edge_loss(student, teacher, k=8, P=None):
-    """Edge loss, Eq. 2: L1 between the Sobel gradients of both maps' k leading principal components.
+    """Edge loss, Eq. 2: L1 between the Sobel gradients of both maps' k principal components.
 
-    student, teacher: (B, C, H, W).   P: (C, k), default that of `teacher`.   Returns: scalar, float32.
+    student, teacher: (B, C, H, W).   P: (C, k), default that of `teacher`.   Returns: scalar.
     Projection and Sobel are linear, so they are taken once, of the difference.
     Differs from the released code, which squares the difference (train_utils.py).
     """
@@ -716,7 +716,7 @@ def ring_index(H, W, rings, device=None):
 
 
 def ring_spectrum(x, rings):
-    """(B, C, H, W) -> (B, rings): Hann window, FFT, amplitude, mean over channels and over every ring."""
+    """(B, C, H, W) -> (B, rings): Hann window, FFT, amplitude, mean over channels and rings."""
     B, _, H, W = x.shape
     hann_y, hann_x = (torch.hann_window(n, periodic=False, device=x.device) for n in (H, W))
     spectrum = torch.fft.fft2(x.float() * hann_y[:, None] * hann_x, norm="ortho")
@@ -730,8 +730,8 @@ def spectral_loss(student, teacher, rings=24, r0=0.3, eps=1e-8):
     """Spectral loss, Eq. 4: mean squared difference of the log amplitude spectra, rings r >= r0.
 
     student, teacher: (B, C, H, W).   Returns: scalar, float32.
-    Differs from the released code, whose rings are centered on the Nyquist corner (no fftshift) and so
-    hold DC and drop the highest frequencies (train_utils.py).
+    Differs from the released code, whose rings are centered on the Nyquist corner (no fftshift) and
+    so hold DC and drop the highest frequencies (train_utils.py).
     """
     first = int(r0 * rings)
     log_student = torch.log(ring_spectrum(student, rings)[:, first:] + eps)
@@ -740,9 +740,9 @@ def spectral_loss(student, teacher, rings=24, r0=0.3, eps=1e-8):
 
 
 def cosine_loss(student, teacher, mean=None):
-    """1 - cosine of both maps less the teacher's mean token, averaged over tokens.  Not in the paper.
+    """1 - cosine of both maps less the teacher's mean token, over all tokens.  Not in the paper.
 
-    student, teacher: (B, C, H, W).   mean: (C,), default that of `teacher`.   Returns: scalar, float32.
+    student, teacher: (B, C, H, W).   mean: (C,), default that of `teacher`.   Returns: scalar.
     With the mean, which all tokens share, every cosine would be near 1.
     """
     if mean is None:
