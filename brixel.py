@@ -532,7 +532,8 @@ class Upsampler(nn.Module):
                  full_rank=False):
         super().__init__()
         if scale not in (2, 4, 8) or skip not in ("full", "half"):
-            raise BrixelError(f"scale {scale}: 2, 4 or 8 (--scale); skip {skip}: full or half")
+            raise BrixelError(f"scale {scale} must be 2, 4 or 8 (--scale), "
+                              f"and skip {skip!r} 'full' or 'half'")
         self.scale, self.skip = scale, skip
         self.adapter = Adapter(embed_dim, scale, stem_width, drop_path)
         self.head = Head(embed_dim, width)
