@@ -1382,8 +1382,7 @@ def main(argv=None):
     try:
         train(load_config(argv, "preset", lambda section: "max_steps" in section, "paper", __doc__))
     except (BrixelError, data.DataError, OSError) as error:
-        sentence = str(error).rpartition("DataError: ")[2].strip()    # from a worker it comes below a traceback
-        sys.exit(f"brixel.py: error: {sentence}")
+        sys.exit(f"brixel.py: error: {error}")
     except KeyboardInterrupt:        # within the training loop train() itself saves its state first
         sys.exit("brixel.py: stopped; what was saved earlier is kept (--resume)")
 

@@ -39,7 +39,10 @@ from torchvision.transforms import functional as TF
 
 
 class DataError(ValueError):
-    """A mistake that the user can mend, in one sentence."""
+    """A mistake that the user can mend, in one sentence, also where a DataLoader's worker puts its traceback before."""
+
+    def __str__(self):
+        return super().__str__().rpartition("DataError: ")[2].strip()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

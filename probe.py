@@ -684,8 +684,7 @@ def main(argv=None):
         cfg = brixel.load_config(argv, "task", is_task, None, __doc__)
         {"pca": run_pca, "cost": run_cost}.get(cfg.task, run_benchmark)(cfg)
     except (brixel.BrixelError, DataError, OSError) as error:
-        sentence = str(error).rpartition("DataError: ")[2].strip()     # a DataLoader worker puts its traceback before
-        sys.exit(f"probe.py: error: {sentence}")
+        sys.exit(f"probe.py: error: {error}")
     except KeyboardInterrupt:
         sys.exit("probe.py: stopped")
 
