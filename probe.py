@@ -13,7 +13,6 @@ at 4x the side, the ceiling. Each gets its own small readout, trained with the s
 features of the last layer. Prints a table beside the paper's numbers and, as the last line, one JSON object; writes
 out.TASK.json and out.TASK.png beside the checkpoint (--out). Settings: config.yaml, section of the task's name.
 """
-import base64
 import io
 import itertools
 import json
@@ -22,6 +21,7 @@ import re
 import sys
 import tempfile
 import time
+from base64 import b64encode
 from functools import partial
 from pathlib import Path
 
@@ -446,7 +446,7 @@ def deviations(cfg, splits, backbone):
 
     splits: training and validation images of the last row, which is the teacher's if there is one.
     """
-    protocol = vars(brixel.load_config(["--task", cfg.task], "task", is_task, None, __doc__))
+    protocol = vars(brixel.load_config(["--task", cfg.task], "task", None, __doc__))
     free = {"backbone", "weights", "ckpt", "data_dir", "teacher", "out", "cache_gb", "num_workers"}
     notes = []
     for key, value in vars(cfg).items():
@@ -517,11 +517,6 @@ def write_plot(path, task, records):
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. Without a benchmark: pictures of features (--task pca) and cost (--task cost)
 
-def as_text(content):
-    """Bytes as base64 text."""
-    return base64.b64encode(content).decode()
-
-
 def write_page(path, photo, maps):
     """Write `path`: assets/explore.html filled with one photo's data; point at it, and every map shows what is similar.
 
@@ -539,13 +534,14 @@ def write_page(path, photo, maps):
         kept, queries = F.normalize(reduced, dim=1), torch.linspace(0, h * w - 1, 64).long()
         similarities.append(tokens[queries] @ tokens.T)
         differences.append((kept[queries] @ kept.T - similarities[-1]).abs().mean().item())
-        panels.append({"name": name, "h": h, "w": w, "dims": reduced.shape[1], "colors": as_text(colors.tobytes()),
-                       "features": as_text(reduced.to(torch.int8).numpy().tobytes())})
+        panels.append({"name": name, "h": h, "w": w, "dims": reduced.shape[1],
+                       "colors": b64encode(colors.tobytes()).decode(),
+                       "features": b64encode(reduced.to(torch.int8).numpy().tobytes()).decode()})
     low = torch.cat(similarities, dim=1).median().clamp(0, 0.9).item()          # where the color scale starts
     small = photo.convert("RGB")
     small.thumbnail((1024, 1024))
     small.save(buffer := io.BytesIO(), "JPEG", quality=88)
-    data = {"title": Path(path).stem, "photo": "data:image/jpeg;base64," + as_text(buffer.getvalue()),
+    data = {"title": Path(path).stem, "photo": "data:image/jpeg;base64," + b64encode(buffer.getvalue()).decode(),
             "width": photo.width, "height": photo.height, "maps": panels,
             "low": round(low, 1), "channels": C, "difference": max(differences)}
     page = Path(__file__).with_name("assets").joinpath("explore.html").read_text("utf-8")
@@ -674,14 +670,9 @@ def run_cost(cfg):
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. Command line
 
-def is_task(section):
-    """Whether a section of config.yaml is for probe.py."""
-    return "max_steps" not in section
-
-
 def main(argv=None):
     try:
-        cfg = brixel.load_config(argv, "task", is_task, None, __doc__)
+        cfg = brixel.load_config(argv, "task", None, __doc__)
         {"pca": run_pca, "cost": run_cost}.get(cfg.task, run_benchmark)(cfg)
     except (brixel.BrixelError, DataError, OSError) as error:
         sys.exit(f"probe.py: error: {error}")

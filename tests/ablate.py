@@ -44,7 +44,8 @@ def released_ring_index(H, W, rings, device=None):
     """brixel.ring_index as train_utils.py has it: circles around the middle of the unshifted FFT."""
     y = torch.linspace(-1, 1, H, dtype=torch.float64, device=device)[:, None]
     x = torch.linspace(-1, 1, W, dtype=torch.float64, device=device)
-    return brixel.ring_of((y**2 + x**2).sqrt(), rings)
+    radius = (y**2 + x**2).sqrt()
+    return ((radius / radius.max() * rings - 1e-9).ceil().long() - 1).clamp(0).flatten()
 
 
 VARIANTS["paper, edge loss squared (released)"] = ("paper", {}, {"edge_loss": released_edge_loss})
@@ -53,7 +54,7 @@ VARIANTS["paper, spectral loss without fftshift (released)"] = ("paper", {}, {"r
 
 def settings(preset, **changes):
     """The settings of a preset with some changed."""
-    cfg = brixel.load_config(["--preset", preset], "preset", lambda section: "max_steps" in section, None, "")
+    cfg = brixel.load_config(["--preset", preset], "preset", None, "")
     return argparse.Namespace(**{**vars(cfg), **COMMON, **changes})
 
 

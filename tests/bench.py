@@ -52,7 +52,7 @@ def bench_reading(folder, size=1024, count=60):
 
 def bench_step(args):
     """The parts of one training step, each alone, and the whole."""
-    cfg = brixel.load_config(["--preset", args.preset], "preset", lambda section: "max_steps" in section, None, "")
+    cfg = brixel.load_config(["--preset", args.preset], "preset", None, "")
     cfg.out = "out.pt"
     backbone = brixel.load_backbone(args.backbone, None)
     accelerator, _, upsampler, optimizers = brixel.set_up(cfg, backbone)
@@ -77,7 +77,7 @@ def bench_step(args):
             parameter.grad = torch.zeros_like(parameter)
         brixel.optimizer_step(upsampler, optimizers, accelerator)
 
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     matrix = torch.randn([8192 if image.is_cuda else 2048] * 2, device=image.device, dtype=dtype)
     calls = {"teacher": teacher, "student": student, "loss": loss, "optimizer": optimizer,
              "product": lambda: matrix @ matrix}

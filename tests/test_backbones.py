@@ -7,14 +7,12 @@ import zipfile
 from functools import partial
 from pathlib import Path
 
-import open_clip
 import pytest
 import timm
 import torch
 import transformers as t
 from conftest import FIXTURES, tensors
 from huggingface_hub import constants
-from open_clip.timm_model import TimmModel
 from safetensors.torch import load_file, save_file
 
 import brixel
@@ -54,9 +52,7 @@ def image(H, W, batch=2):
     ("siglip2", 16, 768, 12, 0), ("pe", 16, 768, 12, 1), ("pe_spatial", 16, 768, 12, 1),
     ("dinov2_vits14", 14, 384, 12, 1), ("dinov2_vitb14", 14, 768, 12, 1), ("dinov2_vitl14", 14, 1024, 24, 1)])
 def test_registry_row(name, patch_size, width, depth, prefix):
-    library, _, source = brixel.BACKBONES[name][0].partition(":")
-    known = timm.list_pretrained() if library == "timm" else ["/".join(pair) for pair in open_clip.list_pretrained()]
-    assert source in known
+    assert brixel.BACKBONES[name][0].removeprefix("timm:") in timm.list_pretrained()
     with torch.device("meta"):
         backbone = load_backbone(name, weights=None)
     assert (backbone.patch_size, backbone.embed_dim, len(backbone.model.blocks)) == (patch_size, width, depth)
@@ -168,22 +164,20 @@ def test_folder_of_transformers(kind, p, tmp_path):
     assert not torch.allclose(load_backbone(f"hf:{tmp_path}", weights=None)(x), want, atol=1e-2)
 
 
-@pytest.mark.parametrize("name, model_name, size", [("siglip2", "ViT-B-16-SigLIP2-256", 256),
-                                                    ("open_clip:PE-Core-B-16", "PE-Core-B-16", 224)])
-def test_open_clips_image_tower_and_its_file(name, model_name, size, tmp_path, monkeypatch):
-    """Ours, from a file with open_clip's names, against the tower that open_clip itself builds, at its own size."""
-    monkeypatch.setattr(timm, "create_model", partial(timm.create_model, **NARROW))      # for both
-    config = open_clip.get_model_config(model_name)
-    vision = config["vision_cfg"]
-    tower = randomize(TimmModel(vision["timm_model_name"], config["embed_dim"], vision["image_size"],
-                                vision["timm_pool"], vision["timm_proj"]))
-    file = {f"visual.{key}": value.contiguous() for key, value in tower.state_dict().items()}
+@pytest.mark.parametrize("source", ["vit_base_patch16_siglip_256", "vit_pe_core_base_patch16_224"])
+def test_file_of_open_clip(source, tmp_path, monkeypatch):
+    """Its image tower is a ViT of timm under `visual.trunk.`, beside a text tower, and may end in a projection."""
+    tower = randomize(timm.create_model(source, num_classes=16, dynamic_img_size=True, **NARROW))
+    file = {f"visual.trunk.{key}": value for key, value in tower.state_dict().items()}
     save_file(file | {"text.x": torch.zeros(1), "logit_scale": torch.zeros(1)}, tmp_path / "clip.safetensors")
-    ours, x = load_backbone(name, weights=tmp_path / "clip.safetensors"), image(size, size, batch=1)
-    want = tower.trunk.forward_features(x)[:, tower.trunk.num_prefix_tokens:]
+    monkeypatch.setattr(timm, "create_model", partial(timm.create_model, **NARROW))
+    ours, x = load_backbone(f"timm:{source}", tmp_path / "clip.safetensors"), image(64, 96)
+    want = tower.forward_features(x)[:, tower.num_prefix_tokens:]
     torch.testing.assert_close(ours(x).flatten(2).transpose(1, 2), want, atol=1e-5, rtol=1e-5)
-    assert (ours.mean, ours.std, ours.name) == (*brixel.HALF, name)
-    with torch.device("meta"):         # outside the table mean and std are the library's
+
+
+def test_outside_the_table_mean_and_std_are_the_librarys():
+    with torch.device("meta"):
         assert load_backbone("timm:vit_base_patch16_clip_224.openai", None).mean[0] == 0.48145466
 
 
@@ -254,9 +248,9 @@ def test_incomplete_and_damaged_folders_of_transformers_are_refused(tmp_path, mo
 
 
 @pytest.mark.parametrize("name, word", [
-    ("dinov9", "known: .*dinov3_vitb16.*sample.*timm:NAME.*hf:NAME.*open_clip:NAME"), ("hub:x", "known: "),
-    ("timm:", "known: "), ("timm:vit_nothing", "no model"), ("timm:resnet18", "plain ViT"),
-    ("open_clip:RN50", "ViT of timm"), ("open_clip:ViT-B-16-SigLIP2-256/laion", "webli"),
+    ("dinov9", "known: .*dinov3_vitb16.*sample.*timm:NAME.*hf:NAME"), ("hub:x", "known: "), ("timm:", "known: "),
+    ("timm:vit_nothing", "Unknown model"), ("timm:resnet18", "dynamic_img_size"),
+    ("timm:swin_tiny_patch4_window7_224", "dynamic_img_size"),
     ("sample", "takes no --weights x.pth"), ("hf:x/y", "takes no --weights x.pth.*hf:FOLDER")])
 def test_name_that_is_no_backbone_is_one_sentence(name, word):
     with pytest.raises(BrixelError, match=word):

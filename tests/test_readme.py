@@ -48,10 +48,7 @@ def test_python_example_runs_and_its_shapes_are_true(tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", COMMANDS + INLINE)
 def test_every_flag_of_every_command_exists(command):
     script, args = script_and_args(command)
-    if script == "brixel.py":
-        brixel.load_config(args, "preset", lambda section: "max_steps" in section, "paper", "")
-    else:
-        brixel.load_config(args, "task", probe.is_task, None, "")
+    brixel.load_config(args, *(("preset", "paper") if script == "brixel.py" else ("task", None)), "")
 
 
 def test_the_commands_run_one_after_the_other(photos, fresh_accelerate, in_process, tmp_path, monkeypatch):
