@@ -37,7 +37,6 @@ from torchvision import transforms
 
 class DataError(ValueError):
     """A mistake that the user can mend, in one sentence, also where a DataLoader's worker puts its traceback before."""
-
     def __str__(self):
         return super().__str__().rpartition("DataError: ")[2].strip()
 
@@ -223,7 +222,6 @@ class Photos(Dataset):
 
 class Draws(Sampler):
     """Yields (n, position) for n = start to stop - 1, by n and seed alone: all positions, reshuffled every epoch."""
-
     def __init__(self, length, start, stop, seed):
         self.length, self.start, self.stop, self.seed = length, start, stop, seed
 

@@ -12,6 +12,7 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -22,58 +23,28 @@ import data
 
 COMMON = {"backbone": "sample", "teacher_size": 448, "min_side": 256, "val_share": 0.02, "batch_size": 8,
           "mixed_precision": "no", "num_workers": 0, "eval_every": 100000, "save_every": 100000}
-# variant: (preset, settings that differ from it, what is replaced in brixel.py)
+# variant: (preset, settings that differ from it)
 VARIANTS = {
-    "paper": ("paper", {}, {}),
-    "best": ("best", {}, {}),
-    "best, no full-rank layer": ("best", {"full_rank": False}, {}),
-    "best, Adam": ("best", {"optimizer": "adam", "lr": 1e-3}, {}),
-    "best, constant learning rate": ("best", {"lr_decay": 0.0}, {}),
-    "best, no cosine term": ("best", {"lambda_cosine": 0.0}, {}),
-    "best, the paper's weights of edge and spectral loss": ("best", {"lambda_edge": 1.0, "lambda_spectral": 0.1}, {}),
+    "paper": ("paper", {}),
+    "best": ("best", {}),
+    "best, no full-rank layer": ("best", {"full_rank": False}),
+    "best, Adam": ("best", {"optimizer": "adam", "lr": 1e-3}),
+    "best, constant learning rate": ("best", {"lr_decay": 0.0}),
+    "best, no cosine term": ("best", {"lambda_cosine": 0.0}),
+    "best, the paper's weights of edge and spectral loss": ("best", {"lambda_edge": 1.0, "lambda_spectral": 0.1}),
 }
-
-
-def released_edge_loss(student, teacher, k=8, P=None):
-    """brixel.edge_loss with the difference squared, as train_utils.py has it."""
-    gradients = brixel.sobel(torch.einsum("bchw,ck->bkhw", teacher - student, P))
-    return gradients[:, 0].square().mean() + gradients[:, 1].square().mean()
-
-
-def released_ring_index(H, W, rings, device=None):
-    """brixel.ring_index as train_utils.py has it: circles around the middle of the unshifted FFT."""
-    y = torch.linspace(-1, 1, H, dtype=torch.float64, device=device)[:, None]
-    x = torch.linspace(-1, 1, W, dtype=torch.float64, device=device)
-    radius = (y**2 + x**2).sqrt()
-    return ((radius / radius.max() * rings - 1e-9).ceil().long() - 1).clamp(0).flatten()
-
-
-VARIANTS["paper, edge loss squared (released)"] = ("paper", {}, {"edge_loss": released_edge_loss})
-VARIANTS["paper, spectral loss without fftshift (released)"] = ("paper", {}, {"ring_index": released_ring_index})
-
-
-def settings(preset, **changes):
-    """The settings of a preset with some changed."""
-    cfg = brixel.load_config(["--preset", preset], "preset", None, "")
-    return argparse.Namespace(**{**vars(cfg), **COMMON, **changes})
 
 
 def train(variant, seed, args, maps):
     """Train one variant.   maps: what is computed for the first one and used by all.   Returns: its upsampler."""
-    preset, changes, replaced = VARIANTS[variant]
-    warmup_epochs = 50 * COMMON["batch_size"] / args.crops                              # 50 steps for all
+    preset, changes = VARIANTS[variant]
     with tempfile.TemporaryDirectory() as folder:
-        cfg = settings(preset, data_dir=args.data_dir, out=f"{folder}/out.pt", seed=seed, max_steps=args.steps,
-                       cache_crops=args.crops, warmup_epochs=warmup_epochs, **changes)
-        replaced = {"cached_maps": lambda *arguments: maps or maps.extend(cached_maps(*arguments)) or maps, **replaced}
-        before = {name: getattr(brixel, name) for name in replaced}
-        try:
-            for name, function in replaced.items():
-                setattr(brixel, name, function)
+        own = {"data_dir": args.data_dir, "out": f"{folder}/out.pt", "seed": seed, "max_steps": args.steps,
+               "cache_crops": args.crops, "warmup_epochs": 50 * COMMON["batch_size"] / args.crops}     # 50 steps
+        cfg = brixel.load_config(["--preset", preset], "preset", None, "")
+        cfg = argparse.Namespace(**{**vars(cfg), **COMMON, **own, **changes})
+        with mock.patch("brixel.cached_maps", lambda *inputs: maps or maps.extend(cached_maps(*inputs)) or maps):
             brixel.train(cfg)
-        finally:
-            for name, function in before.items():
-                setattr(brixel, name, function)
         return brixel.load(cfg.out).upsampler
 
 
