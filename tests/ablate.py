@@ -57,7 +57,7 @@ def held_out_maps(args):
     index, backbone = data.PhotoIndex(args.val_dir, "--val_dir"), brixel.load_backbone("sample")
     chosen = [i * len(index) // args.val for i in range(args.val)]
     crops = [data.read_crop(index.open(i), COMMON["teacher_size"]) for i in chosen]
-    return [brixel.frozen_pass(backbone, crop[None], 4) for crop in crops]
+    return [brixel.frozen_pass(crop[None], backbone, 4) for crop in crops]
 
 
 @torch.no_grad()

@@ -102,13 +102,13 @@ def test_heads_start_by_looking_one_to_four_tokens_away():
     torch.testing.assert_close(bias[4, 2], torch.tensor([0.0, 3.0]), atol=1e-5, rtol=0)
 
 
-def test_drop_path_drops_whole_samples_and_keeps_the_mean():
+def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
     ones = torch.ones(4000, 2, 2, 3)
-    x = brixel.drop_path(ones, 0.3, training=True).flatten(1)
+    x = brixel.stochastic_depth(ones, 0.3, training=True).flatten(1)
     assert (x.amin(1) == x.amax(1)).all()
     assert (x[:, 0] == 0).float().mean().item() == pytest.approx(0.3, abs=0.03)
     assert x.mean().item() == pytest.approx(1, abs=0.05)
-    assert brixel.drop_path(ones, 0.3, training=False) is ones
+    assert brixel.stochastic_depth(ones, 0.3, training=False) is ones
 
 
 def test_adapter_and_head_compile_without_graph_breaks():
@@ -211,7 +211,8 @@ def test_checkpoint_round_trip(tmp_path, suffix, options):
     again = brixel.load(path, backbone=model.backbone)
     with torch.no_grad():
         assert torch.equal(model(x), again(x))
-        model.save(path, dtype=torch.float16)
+        again.upsampler.half()
+        again.save(path)
         half = brixel.load(path, backbone=model.backbone)(x)
         torch.testing.assert_close(half, model(x), atol=2e-2, rtol=0)
     assert again.settings == {**model.settings, "note": "one"} and not again.training

@@ -92,7 +92,7 @@ def test_shipped_checkpoint_has_the_figures_that_are_written():
     assert len(rows) == 3
     for name, figures in rows:
         crop = data.read_crop(ROOT / "assets/photos" / name, 448)
-        small, layers, teacher = brixel.frozen_pass(model.backbone, crop[None], 4)
+        small, layers, teacher = brixel.frozen_pass(crop[None], model.backbone, 4)
         _, terms = brixel.brixel_loss(model.upsampler(small, layers), teacher, lambda_cosine=1)
         got = [terms["l1"].item(), terms["edge"].item(), terms["spectral"].item(), 1 - terms["cosine"].item()]
         written = [float(figure.split(" -> ")[1]) for figure in figures.split(" | ")]      # bilinear -> BRIXEL

@@ -98,7 +98,7 @@ def test_bad_config_is_refused_in_one_sentence(tmp_path, line, sentence):
 @pytest.mark.parametrize("value, number", [("1e-3", 1e-3), ("2", 2.0), ("-1.5E+2", -150.0)])
 def test_numbers_in_the_config_are_numbers(tmp_path, value, number):
     path = tmp_path / "config.yaml"
-    path.write_text(f"mine:\n  lr: 1.0e-3  # rate\n  max_steps: 4  # all\nother:\n  max_steps: 3\n  lr: {value}\n")
+    path.write_text(f"mine:\n  lr: 1.0e-3  # rate\n\n  max_steps: 4  # all\nother:\n  max_steps: 3\n  lr: {value}\n")
     cfg = settings("--preset", "other", path=path)
     assert type(cfg.lr) is float and cfg.lr == number and cfg.max_steps == 3
 
@@ -290,6 +290,17 @@ def test_ctrl_c_before_the_first_step_is_one_sentence(in_process, photos, tmp_pa
     call_at(monkeypatch, "cached_maps", 1, lambda: signal.raise_signal(signal.SIGINT))
     message = error_of(in_process, *FAST, "--data_dir", photos, "--out", tmp_path / "out.pt", *BEST_CACHED)
     assert message == "brixel.py: stopped; what was saved earlier is kept (--resume)"
+
+
+def test_teacher_maps_outlive_a_run_that_dies_in_its_first_step(in_process, photos, tmp_path, monkeypatch):
+    out, maps = tmp_path / "out.pt", tmp_path / "out.state/maps.pt"
+    common = [*FAST, "--data_dir", photos, "--out", out, *BEST_CACHED]
+    call_at(monkeypatch, "principal_components", 1, lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        in_process(*common)
+    written = maps.stat().st_mtime_ns
+    in_process(*common, "--resume")
+    assert maps.stat().st_mtime_ns == written and [record["step"] for record in log_of(out)] == [1, 2, 3, 4]
 
 
 # --- several processes
