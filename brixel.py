@@ -862,7 +862,7 @@ def train(cfg):
     samples = range(step * samples_per_step, cfg.max_steps * samples_per_step)
     loader, held_out = make_loaders(cfg, index, train_ids, val_ids, backbone, accelerator, samples)
     next(iter(held_out), None)                     # if no held-out photo can be used, the run ends now, not at its end
-    if step == 0 and cfg.cache_crops:
+    if cfg.cache_crops and not cfg.resume:
         save_checkpoint(accelerator, cfg, 0, len(index))          # so that --resume finds the maps from now on
     steps_per_epoch = (cfg.cache_crops or len(loader.dataset)) / samples_per_step
     trainable = sum(p.numel() for p in model.upsampler.parameters())
