@@ -713,7 +713,7 @@ def brixel_loss(student, teacher, lambda_edge=1.0, lambda_spectral=0.1, lambda_c
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. Training (Sec. 3): self-distillation, no labels
+# 5. Training (Sec. 3): self-distillation, no labels; errors and a picture on held-out photos
 
 
 @torch.no_grad()
