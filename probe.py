@@ -388,9 +388,8 @@ def pictures(probe, features, row, count=4):
 def run_row(cfg, acc, row, size, model, scale, backbone):
     """Train and score the probe of one row.  -> its metrics (of several sizes: also its cost), splits, and pictures."""
     options = {"protocol": cfg.split, "unit": cfg.depth} if cfg.task == "navi" else {}
-    reader, splits = TASKS[cfg.task]["reader"], []
-    for split in ("train", "val"):
-        splits.append(reader(cfg.data_dir, split, size, backbone.patch_size, scale, cfg.limit, **options))
+    splits = [TASKS[cfg.task]["reader"](cfg.data_dir, split, size, backbone.patch_size, scale, cfg.limit, **options)
+              for split in ("train", "val")]
     room = cfg.cache_gb * 1e9
     train = Features(splits[0], model, acc, cfg, room, cfg.color_jitter)
     val = Features(splits[1], model, acc, cfg, room - train.nbytes * bool(train.kept))
