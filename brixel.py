@@ -999,7 +999,7 @@ def write_panel(path, titles, rows, inches=2.6):
     for axis, title in zip(axes[0], titles):
         axis.set_title(title)
     with atomic(path) as temporary:
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.05)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1304,7 +1304,7 @@ def main(argv=None):
     except (BrixelError, data.DataError, OSError) as error:
         sys.exit(f"brixel.py: error: {error}")
     except KeyboardInterrupt:        # within the training loop train() itself saves its state first
-        sys.exit("brixel.py: stopped; what was saved earlier is kept (--resume)")
+        sys.exit("brixel.py: stopped; to go on, run the same command, with --resume if it has saved a checkpoint")
 
 
 if __name__ == "__main__":
