@@ -799,8 +799,11 @@ def set_up(cfg, backbone):
     model = Brixel(backbone, cfg.scale, drop_path=cfg.drop_path, full_rank=cfg.full_rank).to(accelerator.device).train()
     set_seed(cfg.seed, device_specific=True)                      # but not the same stochastic depth
     if cfg.init:
-        state = load(cfg.init, backbone).upsampler.state_dict()
-        load_strictly(model.upsampler, state, f"{cfg.init} holds another network (--init)")
+        tensors, saved = read_tensors(cfg.init)
+        problem = f"{cfg.init} was trained with another network than {backbone.name}, scale {cfg.scale} (--init)"
+        if saved is None or (saved["backbone"], saved["scale"]) != (backbone.name, cfg.scale):
+            raise BrixelError(problem)
+        load_strictly(model.upsampler, tensors, problem)
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         model.upsampler = nn.SyncBatchNorm.convert_sync_batchnorm(model.upsampler)
     accelerator.init_trackers("brixel", config={key: str(value) for key, value in vars(cfg).items()})
@@ -867,53 +870,51 @@ def train(cfg):
                       f"{cfg.warmup_epochs * steps_per_epoch:.0f} of {cfg.max_steps} steps of warm-up, "
                       f"{trainable:,} trainable parameters, {accelerator.device}")
 
-    recent, bad_steps, stop, clock = [], 0, False, time.time()
+    recent, bad_steps, clock = [], 0, time.time()
     progress = tqdm(initial=step, total=cfg.max_steps, unit="step")
-    # From here on SIGTERM and Ctrl-C only ask the loop, on all processes, to save and stop after its step
-    handlers = {n: signal.signal(n, lambda *_: accelerator.set_trigger()) for n in (signal.SIGTERM, signal.SIGINT)}
-    for batch in loader:
-        with accelerator.accumulate(upsampler):
-            small, layers, teacher = frozen_maps(batch, backbone, cfg.scale, accelerator)
-            P, mean = principal_components(teacher, cfg.k, accelerator)
-            student = upsampler(small, layers)
-            loss, terms = brixel_loss(student, teacher, cfg.lambda_edge, cfg.lambda_spectral, cfg.lambda_cosine,
-                                      P=P, mean=mean)
-            accelerator.backward(loss)
-        recent.append(torch.stack([loss, *terms.values()]).detach())
-        if not accelerator.sync_gradients:
-            continue
+    with contextlib.ExitStack() as handlers:       # in it SIGTERM and Ctrl-C only ask to save and stop after the step
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before = signal.signal(number, lambda *_: accelerator.set_trigger())
+            handlers.callback(signal.signal, number, before)
+        for batch in loader:
+            with accelerator.accumulate(upsampler):
+                small, layers, teacher = frozen_maps(batch, backbone, cfg.scale, accelerator)
+                P, mean = principal_components(teacher, cfg.k, accelerator)
+                student = upsampler(small, layers)
+                loss, terms = brixel_loss(student, teacher, cfg.lambda_edge, cfg.lambda_spectral, cfg.lambda_cosine,
+                                          P=P, mean=mean)
+                accelerator.backward(loss)
+            recent.append(torch.stack([loss, *terms.values()]).detach())
+            if not accelerator.sync_gradients:
+                continue
 
-        lr = lr_at(step, cfg, steps_per_epoch)
-        for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
-            group["lr"] = lr
-        applied = optimizer_step(upsampler, optimizers, accelerator)
-        bad_steps = 0 if applied else bad_steps + 1
-        if bad_steps == 3:
-            raise BrixelError(f"the loss or gradient of 3 steps in a row, up to step {step + 1}, was not finite: "
-                              "start anew (--overwrite) with a lower --lr, or with --mixed_precision no")
-        step += 1
-        progress.update()
+            lr = lr_at(step, cfg, steps_per_epoch)
+            for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
+                group["lr"] = lr
+            applied = optimizer_step(upsampler, optimizers, accelerator)
+            bad_steps = 0 if applied else bad_steps + 1
+            if bad_steps == 3:
+                raise BrixelError(f"the loss or gradient of 3 steps in a row, up to step {step + 1}, was not finite: "
+                                  "start anew (--overwrite) with a lower --lr, or with --mixed_precision no")
+            step += 1
+            progress.update()
 
-        if step % cfg.log_every == 0 or step == cfg.max_steps:
-            means = accelerator.reduce(torch.stack(recent).nanmean(0), "mean").tolist()
-            rate = len(recent) * samples_per_step / cfg.grad_accum / (time.time() - clock)
-            record = dict(zip(("loss", *terms), means)) | {"images/s": rate, "lr": lr}
-            progress.set_postfix_str(" ".join(f"{name} {value:.3g}" for name, value in record.items()))
-            log(accelerator, cfg, step, record)
-        if step % cfg.eval_every == 0 and step < cfg.max_steps:
-            log(accelerator, cfg, step, evaluate(model, held_out, accelerator))
-        stop = accelerator.check_trigger()
-        if stop or step % cfg.save_every == 0 or step == cfg.max_steps:
-            save_checkpoint(accelerator, cfg, step, len(index))
-        if stop:
-            break
-        if step % cfg.log_every == 0:              # here, so that the rate leaves out evaluation and saving
-            recent, clock = [], time.time()
+            if step % cfg.log_every == 0 or step == cfg.max_steps:
+                means = accelerator.reduce(torch.stack(recent).nanmean(0), "mean").tolist()
+                rate = len(recent) * samples_per_step / cfg.grad_accum / (time.time() - clock)
+                record = dict(zip(("loss", *terms), means)) | {"images/s": rate, "lr": lr}
+                progress.set_postfix_str(" ".join(f"{name} {value:.3g}" for name, value in record.items()))
+                log(accelerator, cfg, step, record)
+            if step % cfg.eval_every == 0 and step < cfg.max_steps:
+                log(accelerator, cfg, step, evaluate(model, held_out, accelerator))
+            stop = accelerator.check_trigger()
+            if stop or step % cfg.save_every == 0 or step == cfg.max_steps:
+                save_checkpoint(accelerator, cfg, step, len(index))
+            if stop:
+                sys.exit(f"\nstopped by a signal after step {step}; to go on, add --resume")
+            if step % cfg.log_every == 0:              # here, so that the rate leaves out evaluation and saving
+                recent, clock = [], time.time()
     progress.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    if stop:
-        sys.exit(f"stopped by a signal after step {step}; to go on, add --resume")
     finish(cfg, model, held_out, accelerator)
 
 
@@ -989,8 +990,8 @@ def write_panel(path, titles, rows, inches=2.6):
     from matplotlib.figure import Figure
 
     widths = [picture.shape[1] / picture.shape[0] for picture in rows[0]]
-    figure = Figure((inches * sum(widths), inches * len(rows) + 0.3), dpi=120, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    figure = Figure((inches * sum(widths), inches * len(rows)), dpi=120)
+    figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=0.02, hspace=0.02)
     axes = figure.subplots(len(rows), len(titles), squeeze=False, width_ratios=widths)
     for row, pictures in zip(axes, rows):
         for axis, picture in zip(row, pictures):
@@ -1184,9 +1185,10 @@ def load_checkpoint(accelerator, cfg, n_photos):
     Raises: BrixelError if there is no checkpoint, or if the settings differ.
     """
     if not cfg.resume:
-        with accelerator.main_process_first():
+        if accelerator.is_main_process:
             beside(cfg, ".jsonl").unlink(missing_ok=True)
             shutil.rmtree(beside(cfg, ".state"), ignore_errors=True)
+        accelerator.wait_for_everyone()
         return 0
     found = sorted(beside(cfg, ".state").glob("step_*"))
     if not found:

@@ -213,7 +213,7 @@ class Photos(Dataset):
             crop_rng = rng if self.crop == "random" else None
             try:
                 crop = read_crop(self.index.open(i), self.size, self.min_side, crop_rng, self.crop_min)
-                return color_jitter(crop, self.jitter, rng)
+                return color_jitter(crop, self.jitter, rng) if any(self.jitter) else crop
             except DataError as error:
                 self.skipped[position] = f"{self.index.name(i)}: {error}"
                 warnings.warn(f"skipped {self.skipped[position]}")

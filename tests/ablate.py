@@ -37,7 +37,7 @@ VARIANTS = {
 
 def train(variant, seed, args, maps):
     """Train one variant.   maps: what is computed for the first one and used by all.   Returns: its upsampler."""
-    preset, changes = VARIANTS[variant]
+    (preset, changes), cached_maps = VARIANTS[variant], brixel.cached_maps
     with tempfile.TemporaryDirectory() as folder:
         own = {"data_dir": args.data_dir, "out": f"{folder}/out.pt", "seed": seed, "max_steps": args.steps,
                "cache_crops": args.crops, "warmup_epochs": 50 * COMMON["batch_size"] / args.crops}     # 50 steps
@@ -46,9 +46,6 @@ def train(variant, seed, args, maps):
         with mock.patch("brixel.cached_maps", lambda *inputs: maps or maps.extend(cached_maps(*inputs)) or maps):
             brixel.train(cfg)
         return brixel.load(cfg.out).upsampler
-
-
-cached_maps = brixel.cached_maps
 
 
 @torch.no_grad()

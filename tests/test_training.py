@@ -206,8 +206,9 @@ def test_init_starts_from_the_weights_of_a_checkpoint_and_refuses_another_networ
     in_process(*init, "--out", tmp_path / "second.pt")
     want, got = weights_of(first), weights_of(tmp_path / "second.pt")
     assert all(torch.equal(want[key], got[key]) for key in want if "running" not in key and "num_batches" not in key)
-    message = error_of(in_process, *init, "--out", tmp_path / "third.pt", "--full_rank")
-    assert "--init" in message and str(first) in message and "direct.weight" in message
+    for other, sentence in ((["--full_rank"], "direct.weight"), (["--scale", 2, "--teacher_size", 64], "scale 2")):
+        message = error_of(in_process, *init, "--out", tmp_path / "third.pt", *other)
+        assert "--init" in message and str(first) in message and sentence in message
 
 
 def test_existing_run_is_kept_and_overwrite_starts_anew(in_process, photos, tmp_path):
@@ -294,6 +295,7 @@ def test_teacher_maps_outlive_a_run_that_dies_in_its_first_step(in_process, phot
     call_at(monkeypatch, "principal_components", 1, lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         in_process(*common)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     written = maps.stat().st_mtime_ns
     in_process(*common, "--resume")
     assert maps.stat().st_mtime_ns == written and [record["step"] for record in log_of(out)] == [1, 2, 3, 4]
