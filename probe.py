@@ -445,7 +445,7 @@ def deviations(cfg, splits, backbone):
 
     splits: training and validation images of the last row, which is the teacher's if there is one.
     """
-    protocol = vars(brixel.load_config(["--task", cfg.task], "task", None, __doc__))
+    protocol = vars(brixel.load_config(["--task", cfg.task], "task", "pca", __doc__))
     free = {"backbone", "weights", "ckpt", "data_dir", "teacher", "out", "cache_gb", "num_workers"}
     notes = []
     for key, value in vars(cfg).items():
@@ -671,7 +671,7 @@ def run_cost(cfg):
 
 def main(argv=None):
     try:
-        cfg = brixel.load_config(argv, "task", None, __doc__)
+        cfg = brixel.load_config(argv, "task", "pca", __doc__)
         {"pca": run_pca, "cost": run_cost}.get(cfg.task, run_benchmark)(cfg)
     except (brixel.BrixelError, DataError, OSError) as error:
         sys.exit(f"probe.py: error: {error}")

@@ -16,11 +16,13 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import brixel
 import data
 
+TERMS = ("l1", "edge", "spectral", "cosine")
 COMMON = {"backbone": "sample", "teacher_size": 448, "min_side": 256, "val_share": 0.02, "batch_size": 8,
           "mixed_precision": "no", "num_workers": 0, "eval_every": 100000, "save_every": 100000}
 # variant: (preset, settings that differ from it)
@@ -54,13 +56,13 @@ def held_out_maps(args):
     index, backbone = data.PhotoIndex(args.val_dir, "--val_dir"), brixel.load_backbone("sample")
     chosen = [i * len(index) // args.val for i in range(args.val)]
     crops = [data.read_crop(index.open(i), COMMON["teacher_size"]) for i in chosen]
-    return [brixel.frozen_pass(crop[None], backbone, 4) for crop in crops]
+    return [brixel.frozen_pass(crop[None], backbone, 4, Accelerator(mixed_precision="no", cpu=True)) for crop in crops]
 
 
 @torch.no_grad()
 def errors(upsampler, held_out):
     """{term: mean over the photos}; upsampler None: bilinear."""
-    sums = dict.fromkeys(brixel.TERMS, 0.0)
+    sums = dict.fromkeys(TERMS, 0.0)
     for small, layers, teacher in held_out:
         size = teacher.shape[2:]
         student = upsampler(small, layers) if upsampler else F.interpolate(layers[-1], size=size, mode="bilinear")
@@ -77,7 +79,7 @@ def table(records):
     for variant in dict.fromkeys(record["variant"] for record in records):
         runs = [record for record in records if record["variant"] == variant]
         cells = []
-        for term in brixel.TERMS:
+        for term in TERMS:
             values = [run[term] for run in runs]
             spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.3f}{spread}")

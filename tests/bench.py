@@ -58,12 +58,12 @@ def bench_step(args):
     accelerator, _, upsampler, optimizers = brixel.set_up(cfg, backbone)
     image = torch.randint(256, (args.batch_size, 3, args.teacher_size, args.teacher_size), dtype=torch.uint8)
     image = image.to(accelerator.device)
-    small, layers, target = brixel.frozen_maps(image, backbone, cfg.scale, accelerator)
+    small, layers, target = brixel.frozen_pass(image, backbone, cfg.scale, accelerator)
     output = upsampler(small, layers).detach().float().requires_grad_()
     lambdas = cfg.lambda_edge, cfg.lambda_spectral, cfg.lambda_cosine
 
     def teacher():
-        return brixel.frozen_maps(image, backbone, cfg.scale, accelerator)
+        return brixel.frozen_pass(image, backbone, cfg.scale, accelerator)
 
     def student():
         accelerator.backward(upsampler(small, layers).float().mean())

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import render
 import torch
+from accelerate import Accelerator
 from conftest import FAST, ROOT, photo
 from PIL import Image
 
@@ -48,7 +49,7 @@ def test_python_example_runs_and_its_shapes_are_true(tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", COMMANDS + INLINE)
 def test_every_flag_of_every_command_exists(command):
     script, args = script_and_args(command)
-    brixel.load_config(args, *(("preset", "paper") if script == "brixel.py" else ("task", None)), "")
+    brixel.load_config(args, *(("preset", "paper") if script == "brixel.py" else ("task", "pca")), "")
 
 
 def test_the_commands_run_one_after_the_other(photos, fresh_accelerate, in_process, tmp_path, monkeypatch):
@@ -82,17 +83,19 @@ def test_every_alias_stands_in_the_table():
 
 
 @torch.no_grad()
-def test_shipped_checkpoint_has_the_figures_that_are_written():
+def test_shipped_checkpoint_has_the_figures_that_are_written(fresh_accelerate):
     """The lines of tests/README.md on photos that it was not trained on: central crops, 112 px against 448 px."""
+    fresh_accelerate()
     path = ROOT / "assets/sample.safetensors"
     model = brixel.load(path)
     assert model.settings["backbone"] == "sample" and path.stat().st_size <= 6e6
     assert path.with_suffix(".md").read_text() == brixel.model_card(model.settings, "assets/sample.safetensors")
+    accelerator = Accelerator(mixed_precision="no", cpu=True)
     rows = re.findall(r"^\| `(\S+\.jpg)` \| (.*) \|$", (ROOT / "tests/README.md").read_text(), re.MULTILINE)
     assert len(rows) == 3
     for name, figures in rows:
         crop = data.read_crop(ROOT / "assets/photos" / name, 448)
-        small, layers, teacher = brixel.frozen_pass(crop[None], model.backbone, 4)
+        small, layers, teacher = brixel.frozen_pass(crop[None], model.backbone, 4, accelerator)
         _, terms = brixel.brixel_loss(model.upsampler(small, layers), teacher, lambda_cosine=1)
         got = [terms["l1"].item(), terms["edge"].item(), terms["spectral"].item(), 1 - terms["cosine"].item()]
         written = [float(figure.split(" -> ")[1]) for figure in figures.split(" | ")]      # bilinear -> BRIXEL
