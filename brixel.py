@@ -904,9 +904,10 @@ def evaluate(model, held_out, accelerator):
     errors = []                                                   # a dict for each photo
     for image in held_out:
         maps = all_maps(model, image, accelerator)
+        P, mean = principal_components(maps["teacher"])
         errors.append({})
         for row in ("bilinear", "BRIXEL"):
-            _, terms = brixel_loss(maps[row], maps["teacher"], lambda_cosine=1)
+            _, terms = brixel_loss(maps[row], maps["teacher"], lambda_cosine=1, P=P, mean=mean)
             terms["cosine"] = 1 - terms["cosine"]
             errors[-1] |= {f"{row.lower()} {term}": value.item() for term, value in terms.items()}
     errors = gather_object(errors)                                # of all processes
@@ -1176,6 +1177,9 @@ def check_settings(cfg, backbone):
     for key, values in allowed.items():
         if getattr(cfg, key) not in values:
             raise BrixelError(f"{key} {getattr(cfg, key)} is not one of {', '.join(values)} (--{key})")
+    if len(cfg.color_jitter) != 4 or min(cfg.color_jitter) < 0 or cfg.color_jitter[3] > 0.5:
+        raise BrixelError(f"color_jitter {cfg.color_jitter} must be 4 numbers from 0 up, the hue at most 0.5 "
+                          "(--color_jitter)")
     for key in ("max_steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_every", "k", "scale"):
         if getattr(cfg, key) < 1:
             raise BrixelError(f"{key} {getattr(cfg, key)} must be 1 or more (--{key})")

@@ -534,12 +534,12 @@ def sample_folder(wheel):
                  for start in ("onnx::Concat_", "onnx::Reshape_")]         # of the class token, of the 37 x 37 patches
     tensors["embeddings.position_embeddings"] = torch.cat(positions, dim=1)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(dir=folder.parent))
-    save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
-    Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, use_mask_token=False).save_pretrained(new)
-    BitImageProcessor(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225)).save_pretrained(new)
-    with contextlib.suppress(OSError):             # another process may have been faster
-        new.rename(folder)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as new:
+        save_file(tensors, Path(new, "model.safetensors"), metadata={"format": "pt"})
+        Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, use_mask_token=False).save_pretrained(new)
+        BitImageProcessor(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225)).save_pretrained(new)
+        with contextlib.suppress(OSError):         # another process may have been faster
+            os.rename(new, folder)
     return folder
 
 

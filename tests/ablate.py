@@ -56,7 +56,8 @@ def held_out_maps(args):
     index, backbone = data.PhotoIndex(args.val_dir, "--val_dir"), brixel.load_backbone("sample")
     chosen = [i * len(index) // args.val for i in range(args.val)]
     crops = [data.read_crop(index.open(i), COMMON["teacher_size"]) for i in chosen]
-    return [brixel.frozen_pass(crop[None], backbone, 4, Accelerator(mixed_precision="no", cpu=True)) for crop in crops]
+    accelerator = Accelerator(mixed_precision="no", cpu=True)
+    return [brixel.frozen_pass(crop[None], backbone, 4, accelerator) for crop in crops]
 
 
 @torch.no_grad()

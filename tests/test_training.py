@@ -110,6 +110,8 @@ def test_bad_flags_are_refused(capsys, args, sentence):
     (["--teacher_size", "130"], r"teacher_size 130 must be a multiple of .* 4 x 16.*nearest: 128"),
     (["--scale", "3", "--teacher_size", "144"], "scale 3 must be 2, 4 or 8"),
     (["--k", "0"], "k 0 must be 1 or more"),
+    (["--color_jitter", "0", "0", "0", "0.6"], "color_jitter .* the hue at most 0.5"),
+    (["--mixed_precision", "fp16"], "mixed_precision fp16 is not one of auto, no, bf16"),
     (["--optimizer", "sgd"], "optimizer sgd .*adam.*muon"),
     (["--val_share", "1"], "val_share"),
     (["--data_dir", "no/such/folder"], "no such file or folder: .*no/such/folder; set --data_dir"),
