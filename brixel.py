@@ -278,7 +278,7 @@ def zero_linear(n_in, n_out):
 
 
 class SpatialPrior(nn.Module):
-    """Pixels to features at strides 4 and 8: what the patch embedding of the ViT has thrown away.
+    """Pixels to features of strides 4 and 8, resized to two sizes: what the patch embedding has lost.
 
     Differs from the released code, which also has strides 16 and 32; they never reach the output.
     """
@@ -293,9 +293,9 @@ class SpatialPrior(nn.Module):
         self.proj1 = nn.Linear(stem_width, embed_dim)
         self.proj2 = nn.Linear(2 * stem_width, embed_dim)
 
-    def forward(self, image, size1, size2):
-        """image (B, 3, H, W) -> c1 (B, *size1, D) and c2 (B, *size2, D)."""
-        s4 = self.stem(image.contiguous(memory_format=torch.channels_last))  # (B, 64, H/4, W/4)
+    def forward(self, small, size1, size2):
+        """small (B, 3, H, W) -> c1 (B, *size1, D), of stride 4, and c2 (B, *size2, D), of stride 8."""
+        s4 = self.stem(small.contiguous(memory_format=torch.channels_last))  # (B, 64, H/4, W/4)
         s8 = self.down(s4)                                                # (B, 128, H/8, W/8)
         # A 1x1 convolution and a bilinear resize commute; resizing first touches 64 channels, not D
         return self.proj1(resize(nhwc(s4), size1)), self.proj2(resize(nhwc(s8), size2))
@@ -394,11 +394,11 @@ class Adapter(nn.Module):
         self.extractors = nn.ModuleList(Extractor(embed_dim, drop_path) for _ in range(6))
         self.norm = nn.GroupNorm(32, embed_dim, eps=1e-5)
 
-    def forward(self, image, layers):
-        """image (B, 3, H, W), layers 4 x (B, h, w, D) -> (B, scale*h, scale*w, D)."""
+    def forward(self, small, layers):
+        """small (B, 3, H, W), layers 4 x (B, h, w, D) -> (B, scale*h, scale*w, D)."""
         _, h, w, _ = layers[0].shape
         s = self.scale
-        c1, c2 = self.prior(image, (s * h, s * w), (s * h // 2, s * w // 2))
+        c1, c2 = self.prior(small, (s * h, s * w), (s * h // 2, s * w // 2))
         query = c2 + self.level_embed
         for extractor, tokens in zip(self.extractors, [*layers, layers[-1], layers[-1]]):
             query = extractor(query, tokens)
@@ -439,7 +439,7 @@ class Head(nn.Module):
 
 
 class Upsampler(nn.Module):
-    """The trainable part of BRIXEL, adapter and head: skip + head(adapter(image, layers)).
+    """The trainable part of BRIXEL, adapter and head: skip + head(adapter(small, layers)).
 
     skip: "full" upsamples the ViT's last layer as it is.  "half" first shrinks it to half the token
         grid, a slip of the released code that its checkpoints depend on.
@@ -457,13 +457,13 @@ class Upsampler(nn.Module):
         self.head = Head(embed_dim, width)
         self.direct = zero_linear(embed_dim, embed_dim) if full_rank else None
 
-    def forward(self, image, layers):
-        """image (B, 3, H, W) normalized, layers 4 x (B, D, h, w) -> (B, D, scale*h, scale*w)."""
+    def forward(self, small, layers):
+        """small (B, 3, H, W) normalized, layers 4 x (B, D, h, w) -> (B, D, scale*h, scale*w)."""
         layers = [nhwc(layer) for layer in layers]
         _, h, w, _ = layers[-1].shape
         skip = resize(layers[-1], (h // 2, w // 2)) if self.skip == "half" else layers[-1]
         skip = resize(skip, (self.scale * h, self.scale * w))
-        x = self.adapter(image, layers)
+        x = self.adapter(small, layers)
         out = skip + self.head(x)
         if self.direct is not None:
             out = out + self.direct(x)
@@ -505,7 +505,7 @@ class Brixel(nn.Module):
         return self.upsampler(x, layers)
 
     def preprocess(self, image, size=None):
-        """PIL image -> (1, 3, H, W) float32, normalized for this backbone, on the model's device.
+        """PIL image, opaque, 8 bits -> (1, 3, H, W) float32, normalized, on the model's device.
 
         size: short side in pixels (default: the photo's own), rounded to the patch size; or (H, W).
         """
@@ -535,11 +535,10 @@ class Brixel(nn.Module):
             else:
                 torch.save({"brixel": settings, "model": tensors}, temporary)
 
-    def push_to_hub(self, repo_id, token=None, **kwargs):
+    def push_to_hub(self, repo_id, private=None, token=None, commit_message=None):
         """Upload weights and a model card to the Hub; brixel.load(repo_id) reads it back.
 
         token: of the account; default: as `hf auth login` left it.
-        kwargs: of huggingface_hub's create_repo, such as private=True.
         """
         from huggingface_hub import HfApi
 
@@ -547,22 +546,21 @@ class Brixel(nn.Module):
             self.save(Path(folder, "brixel.safetensors"))
             Path(folder, "README.md").write_text(model_card(self.settings, repo_id))
             hub = HfApi(token=token)
-            hub.create_repo(repo_id, exist_ok=True, **kwargs)
-            return hub.upload_folder(repo_id=repo_id, folder_path=folder)
+            hub.create_repo(repo_id, private=private, exist_ok=True)
+            return hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
 
     def export_onnx(self, path, size=None):
         """Write backbone, adapter and head as an ONNX file: image (batch, 3, *size) -> features.
 
         size: (H, W) of the image in pixels, default 16 x 16 tokens.
+        Weights of more than 1.5 GB lie beside it, in path.data.
         """
         H, W = size or 2 * [16 * self.settings["patch_size"]]
         example = torch.zeros(2, 3, H, W, device=next(self.upsampler.parameters()).device)
         check_image(example, self.settings["patch_size"])
-        with atomic(path) as temporary:
-            torch.onnx.export(
-                self.eval(), (example,), str(temporary), dynamo=True, opset_version=20,
-                external_data=False, input_names=["image"], output_names=["features"],
-                dynamic_shapes=({0: "batch"},))
+        torch.onnx.export(
+            self.eval(), (example,), str(path), dynamo=True, opset_version=20, external_data=False,
+            input_names=["image"], output_names=["features"], dynamic_shapes=({0: "batch"},))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -758,7 +756,7 @@ def set_up(cfg, backbone):
         mixed_precision=precision(cfg), gradient_accumulation_steps=cfg.grad_accum,
         dynamo_backend="inductor" if cfg.compile else None, log_with=None if cfg.report_to == "none" else cfg.report_to,
         project_dir=Path(cfg.out).absolute().parent, dataloader_config=DataLoaderConfiguration(non_blocking=True))
-    if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
+    if accelerator.device.type == "cpu" and accelerator.num_processes == 1 and torch.get_num_threads() == 1:
         torch.set_num_threads(os.cpu_count())                     # accelerate's launcher has set them to 1
     set_seed(cfg.seed)                                            # the same initial weights everywhere,
     model = Brixel(backbone, cfg.scale, drop_path=cfg.drop_path, full_rank=cfg.full_rank).to(accelerator.device).train()
@@ -785,15 +783,15 @@ def make_loaders(cfg, index, train_ids, val_ids, backbone, accelerator, samples)
     sizes = cfg.teacher_size, cfg.min_side or cfg.teacher_size
     workers = {"num_workers": cfg.num_workers, "worker_init_fn": data.ignore_ctrl_c,
                "generator": torch.Generator()}                    # its own: no loader disturbs an exact resume
-    dataset = data.Photos(index, train_ids, *sizes, cfg.crop, cfg.crop_min, cfg.color_jitter, cfg.seed)
+    photos = data.Photos(index, train_ids, *sizes, cfg.crop, cfg.crop_min, cfg.color_jitter, cfg.seed)
     if cfg.cache_crops:
-        crops = DataLoader(dataset, sampler=data.Draws(len(dataset), 0, cfg.cache_crops, cfg.seed), **workers)
-        dataset = cached_maps(cfg, backbone, crops, accelerator)
-    sampler = data.Draws(len(dataset), samples.start, samples.stop, cfg.seed)
-    if cfg.cache_crops:
-        sampler = [position for _, position in sampler]
-        workers = {"generator": torch.Generator()}
-    loader = DataLoader(dataset, cfg.batch_size, sampler=sampler, pin_memory=torch.cuda.is_available(), **workers)
+        crops = DataLoader(photos, sampler=data.Draws(len(photos), 0, cfg.cache_crops, cfg.seed), **workers)
+        maps = cached_maps(cfg, backbone, crops, accelerator)
+        order = [position for _, position in data.Draws(len(maps), samples.start, samples.stop, cfg.seed)]
+        loader = DataLoader(maps, cfg.batch_size, sampler=order, generator=torch.Generator())
+    else:
+        draws = data.Draws(len(photos), samples.start, samples.stop, cfg.seed)
+        loader = DataLoader(photos, cfg.batch_size, sampler=draws, pin_memory=torch.cuda.is_available(), **workers)
     held_out = data.Photos(index, val_ids, *sizes, crop="center")
     own = [(0, position) for position in range(accelerator.process_index, len(val_ids), accelerator.num_processes)]
     return accelerator.prepare(loader), DataLoader(held_out, sampler=own, generator=torch.Generator())
@@ -866,7 +864,7 @@ def train(cfg):
 
             if step % cfg.log_every == 0 or step == cfg.max_steps:
                 means = accelerator.reduce(torch.stack(recent).nanmean(0), "mean").tolist()
-                rate = len(recent) * samples_per_step / cfg.grad_accum / (time.time() - clock)
+                rate = len(recent) * cfg.batch_size * accelerator.num_processes / (time.time() - clock)
                 record = dict(zip(("loss", *terms), means)) | {"images/s": rate, "lr": lr}
                 progress.set_postfix_str(" ".join(f"{name} {value:.3g}" for name, value in record.items()))
                 log(accelerator, cfg, step, record)
@@ -897,7 +895,8 @@ def all_maps(model, image, accelerator):
 def evaluate(model, held_out, accelerator):
     """Mean errors of bilinear upsampling and of BRIXEL over the held-out photos.   held_out: this process's share.
 
-    Returns: {"bilinear l1": float, ..., "brixel cosine": float, "photos": int}; cosine: 1 - cosine_loss.
+    Returns: {"bilinear l1": float, ..., "brixel cosine": float, "photos": int}; cosine: 1 - cosine_loss, and edge with
+    the paper's k, so that runs with other losses compare.
     """
     from accelerate.utils import gather_object
 
@@ -990,7 +989,7 @@ def load(path, backbone=None, weights=None):
         name = settings.get("backbone", backbone)
         if name is None:
             raise BrixelError(f"{path} is a released checkpoint, which names no backbone: give one (--backbone)")
-        if BACKBONES.get(backbone, backbone) not in (None, BACKBONES.get(name, name)):
+        if backbone and BACKBONES.get(backbone, backbone) != BACKBONES.get(name, name):
             raise BrixelError(f"{path} was trained for backbone {name}, not for {backbone} (--backbone)")
         backbone = load_backbone(name, weights or settings.get("weights", "pretrained"))
     problem = f"{path} does not fit BRIXEL on {backbone.name}"
@@ -1083,7 +1082,7 @@ CARD = """---
 library_name: brixel
 pipeline_tag: image-feature-extraction
 license: mit
----
+{base_model}---
 # BRIXEL for {backbone}
 
 Adapter and head that turn the tokens of a frozen vision transformer, the base model `{backbone}` (weights {weights},
@@ -1100,7 +1099,10 @@ Trained without labels: `{command}`.  Means over held-out photos, against the te
 def model_card(settings, name):
     """README.md of a checkpoint for the Hub.   settings: model.settings.   name: what brixel.load takes."""
     held_out = ", ".join(f"{key} {value:.4g}" for key, value in settings.get("held_out", {}).items())
-    return CARD.format(**{"command": "unknown", **settings, "held_out": held_out or "not measured"}, name=name)
+    library, _, model_name = BACKBONES.get(settings["backbone"], settings["backbone"]).partition(":")
+    base_model = {"timm": f"base_model: timm/{model_name}\n", "hf": f"base_model: {model_name}\n"}.get(library, "")
+    return CARD.format(**{"command": "unknown", **settings, "held_out": held_out or "not measured"}, name=name,
+                       base_model=base_model)
 
 
 def beside(cfg, suffix):
@@ -1233,7 +1235,7 @@ def load_config(argv, flag, default, description, path=Path(__file__).with_name(
                                      usage=f"%(prog)s --{flag} NAME [--KEY VALUE ...]  (--{flag} NAME --help: keys)",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    # A key's type and help are those of the last line, in this section or above, that sets it with a comment.
+    # A comment makes a key known: its type and help are those of the last commented line, here or in a section above.
     above = text[:re.search(rf"^{name}:(.*\n)((#.*|  .*)?\n)*", text, re.MULTILINE).end()]
     known = {key: (yaml.load(value, Loader), comment)
              for key, value, comment in re.findall(r"^  (\w+): *(.*?) +# (.*)", above, re.MULTILINE)}

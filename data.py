@@ -174,12 +174,12 @@ class PhotoIndex:
             return io.BytesIO(file.read(size))
 
 
-def split(n, val_share):
-    """Fixed split of photo numbers 0..n-1 into (train, val), sorted int arrays; the same for every seed."""
+def split(n, val_share, most=256):
+    """Fixed split of photo numbers 0..n-1 into (train, val), sorted int arrays; `most`: of val.  No seed changes it."""
     if not 0 < val_share < 1 or n < 2:
         raise DataError(f"cannot split {n} photos, need 2 or more, by {val_share}, need 0 < --val_share < 1")
     ids = torch.randperm(n, generator=torch.Generator().manual_seed(0)).numpy()
-    n_val = min(max(1, round(n * val_share)), n - 1)
+    n_val = min(max(1, round(n * val_share)), n - 1, most)
     return np.sort(ids[n_val:]), np.sort(ids[:n_val])
 
 
@@ -188,7 +188,7 @@ class Photos(Dataset):
 
     crop: "random", or "center", whatever n.   size, min_side, crop_min, jitter: as in read_crop and color_jitter.
     Item (n, position): (3, size, size) uint8, crop number n, of photo ids[position]: a pure function of both and the
-    seed. A photo that cannot be used is named in a warning, once per worker; the next position takes its place.
+    seed. A photo that cannot be used is named in a warning, once per worker; another, drawn at random, takes its place.
     Raises: DataError after `max_skipped` of them in a row: then the folder or a setting is wrong.
     """
     max_skipped = 20
@@ -204,8 +204,8 @@ class Photos(Dataset):
     def __getitem__(self, sample):
         n, first = sample
         tries = min(self.max_skipped, len(self))
-        for position in range(first, first + tries):
-            position = position % len(self)
+        others = random.Random(f"{self.seed}/{n}/others").sample(range(len(self)), tries)   # neighbors may all be alike
+        for position in [first, *others]:
             if position in self.skipped:
                 continue
             i, rng = self.ids[position], random.Random(f"{self.seed}/{n}")

@@ -332,8 +332,8 @@ def fit(readouts, features, embed_dim, cfg, acc):
             loss = 0
             for readout in readouts:
                 total, count = readout.loss(outputs[readout.target], batch)
-                count = acc.reduce(count).clamp_min(1)             # of the whole batch, while gradients are averaged
-                loss = loss + total / count * acc.num_processes    # over the processes
+                # divided by the count of all processes; times their number, as gradients are averaged over them
+                loss = loss + total / acc.reduce(count).clamp_min(1) * acc.num_processes
             if not loss.isfinite():
                 raise brixel.BrixelError(f"the loss is {loss.item()} in epoch {epoch + 1}; try a smaller --lr")
             optimizer.zero_grad()
@@ -418,7 +418,7 @@ def run_benchmark(cfg):
         model = brixel.Brixel(brixel.load_backbone(cfg.backbone or "dinov3", cfg.weights or "pretrained"))
     model = model.to(acc.device)
     backbone = model.backbone
-    rows = {"baseline": (backbone, 1)}                             # row: (model, factor on the image's side)
+    rows = {"baseline": (backbone, 1)}                             # row: (network, factor on the image's side)
     if cfg.ckpt:
         rows["BRIXEL"] = model, 1
     if cfg.teacher:
@@ -426,9 +426,9 @@ def run_benchmark(cfg):
     acc.print(f"{cfg.task}: backbone {backbone.name}, {acc.num_processes} {acc.device.type} process(es), "
               f"precision {acc.mixed_precision}")
     records, shown = [], {}
-    for size, (row, (model, scale)) in itertools.product(cfg.size, rows.items()):
+    for size, (row, (network, scale)) in itertools.product(cfg.size, rows.items()):
         acc.print(f"{row}, {size} pixels")
-        record, splits, panels = run_row(cfg, acc, row, size, model, scale, backbone)
+        record, splits, panels = run_row(cfg, acc, row, size, network, scale, backbone)
         records.append({"row": row, "size": size, **record})
         if size == cfg.size[0]:
             shown |= panels

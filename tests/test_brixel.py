@@ -287,13 +287,13 @@ def test_onnx_agrees_with_pytorch_for_any_batch(tmp_path):
 def test_pushed_model_has_a_card_and_is_read_back(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, repo_id, **options: None)
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder",
-                        lambda self, repo_id, folder_path: shutil.copytree(folder_path, tmp_path / repo_id))
+                        lambda self, repo_id, folder_path, **_: shutil.copytree(folder_path, tmp_path / repo_id))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo_id, name: str(tmp_path / repo_id / name))
     model, x = trained(), torch.randn(1, 3, 48, 48)
-    model.settings["held_out"] = {"brixel l1": 0.25}
+    model.settings |= {"backbone": "timm:test_vit", "held_out": {"brixel l1": 0.25}}
     model.push_to_hub("me/features")
     _, front, text = (tmp_path / "me/features/README.md").read_text().split("---\n", 2)
-    assert yaml.safe_load(front)["library_name"] == "brixel" and "brixel l1 0.25" in text
+    assert yaml.safe_load(front)["base_model"] == "timm/test_vit" and "brixel l1 0.25" in text
     for place in ("me/features", tmp_path / "me/features"):
         assert torch.equal(brixel.load(place, backbone=model.backbone)(x), model(x))
 

@@ -37,12 +37,12 @@ def script_and_args(command):
 
 def test_python_example_runs_and_its_shapes_are_true(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    brixel.Brixel(brixel.load_backbone("timm:test_vit", None)).save("out.pt")
+    Path("assets").symlink_to(ROOT / "assets")
     Image.new("RGB", (300, 200)).save("photo.jpg")
     names = {}
     exec(re.search(r"```python\n(.*?)```", README, re.DOTALL)[1], names)
-    assert names["x"].shape == (1, 3, 256, 384)
-    assert names["features"].shape == (1, 64, 4 * 256 // 16, 4 * 384 // 16) and names["tokens"].shape == (1, 64, 16, 24)
+    assert names["x"].shape == (1, 3, 224, 336)
+    assert names["features"].shape == (1, 384, 4 * 16, 4 * 24) and names["tokens"].shape == (1, 384, 16, 24)
     assert torch.isfinite(names["features"]).all()
 
 
