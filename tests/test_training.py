@@ -136,11 +136,27 @@ def test_lr_at_by_hand():
     assert brixel.lr_at(99, cfg, steps_per_epoch=20) == 2e-3
 
 
+def test_muon_is_that_of_torch():
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in ((8, 96), (96, 8), (32, 32))]
+    ours, theirs = ([p.clone().requires_grad_() for p in start] for _ in range(2))
+    optimizers = (brixel.Muon(ours, 0.1),
+                  torch.optim.Muon(theirs, 0.1, weight_decay=0, adjust_lr_fn="match_rms_adamw"))
+    for _ in range(3):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for before, p, q in zip(start, ours, theirs):
+        assert (p - q).norm() < 0.03 * (q - before).norm()                                # torch's is in bfloat16
+
+
 def test_muon_gets_exactly_the_matrices():
     upsampler = brixel.Upsampler(64, full_rank=True)
     adam, muon = brixel.make_optimizers(upsampler, settings("--optimizer", "muon"))
     others, matrices = ([p for group in optimizer.param_groups for p in group["params"]] for optimizer in (adam, muon))
-    assert type(adam) is torch.optim.Adam and type(muon) is torch.optim.Muon
+    assert type(adam) is torch.optim.Adam and type(muon) is brixel.Muon
     assert {p.ndim for p in matrices} == {2} and 2 not in {p.ndim for p in others}
     assert {id(p) for p in others + matrices} == {id(p) for p in upsampler.parameters()}
 
