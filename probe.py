@@ -32,6 +32,7 @@ from accelerate import Accelerator
 from accelerate.utils import tqdm
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from safetensors.torch import save
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, default_collate
@@ -76,7 +77,6 @@ class DPT(nn.Module):
 
 class DepthHead(DPT):
     """Depth as the expectation over out_dim bins.  (B, C, h, w) -> (B, 1, h, w) meters."""
-
     def forward(self, x):
         weight = super().forward(x).float().relu() + 0.1                                # (B, bins, h, w)
         weight = weight / weight.sum(1, keepdim=True)
@@ -259,9 +259,8 @@ class Features:
         self.dtype = torch.bfloat16 if acc.device.type == "cuda" else torch.float16
         first = self.prepare(default_collate([split[0]]))
         self.nbytes = len(split) * sum(value.nbytes for value in first.values())
-        self.kept = None
-        if self.nbytes <= room:
-            self.kept = {key: value.new_empty(len(split), *value.shape[1:]) for key, value in first.items()}
+        self.kept = {key: value.new_empty(len(split), *value.shape[1:])
+                     for key, value in first.items()} if self.nbytes <= room else None
         loader = DataLoader(split, max(1, cfg.batch_size // acc.num_processes), num_workers=cfg.num_workers)
         start = 0
         for batch in tqdm(acc.prepare(loader), desc=f"reading {split.split}", leave=False):
@@ -310,7 +309,6 @@ class Features:
 
 class Probe(nn.ModuleDict):
     """{target: head}.  A batch of Features -> {target: (B, K, H, W) float32}, H x W the target's size."""
-
     def forward(self, batch):
         outputs = {}
         for target, head in self.items():
@@ -390,9 +388,8 @@ def run_row(cfg, acc, row, size, model, scale, backbone):
     options = {"protocol": cfg.split, "unit": cfg.depth} if cfg.task == "navi" else {}
     splits = [TASKS[cfg.task]["reader"](cfg.data_dir, split, size, backbone.patch_size, scale, cfg.limit, **options)
               for split in ("train", "val")]
-    room = cfg.cache_gb * 1e9
-    train = Features(splits[0], model, acc, cfg, room, cfg.color_jitter)
-    val = Features(splits[1], model, acc, cfg, room - train.nbytes * bool(train.kept))
+    train = Features(splits[0], model, acc, cfg, cfg.cache_gb * 1e9, cfg.color_jitter)
+    val = Features(splits[1], model, acc, cfg, cfg.cache_gb * 1e9 - train.nbytes * bool(train.kept))
     readouts = TASKS[cfg.task]["readouts"](cfg)
     probe = fit(readouts, train, backbone.embed_dim, cfg, acc)
     record = score(probe, readouts, val, acc)
@@ -409,9 +406,8 @@ def run_benchmark(cfg):
     stem = re.sub(r"\.(pt|pth|safetensors)$", "", out) + f".{cfg.task}"
     brixel.check_writable(stem)
     acc = Accelerator(mixed_precision=brixel.precision(cfg), cpu=torch.backends.mps.is_available())    # MPS: no float64
-    smallest = 2 * acc.num_processes - 1                           # so that each process has an image of every batch
-    if cfg.batch_size < smallest:
-        raise brixel.BrixelError(f"--batch_size {cfg.batch_size} must be at least {smallest}")
+    if cfg.batch_size < 2 * acc.num_processes - 1:                 # so that each process has an image of every batch
+        raise brixel.BrixelError(f"--batch_size {cfg.batch_size} must be at least {2 * acc.num_processes - 1}")
     if cfg.ckpt:
         model = brixel.load(cfg.ckpt, cfg.backbone or None, cfg.weights or None)
     else:                                                          # its adapter is random, and no row uses it
@@ -447,13 +443,10 @@ def deviations(cfg, splits, backbone):
     """
     protocol = vars(brixel.load_config(["--task", cfg.task], "task", "pca", __doc__))
     free = {"backbone", "weights", "ckpt", "data_dir", "teacher", "out", "cache_gb", "num_workers"}
-    notes = []
-    for key, value in vars(cfg).items():
-        if key not in free and value != protocol[key]:
-            notes.append(f"--{key} {' '.join(map(str, value)) if isinstance(value, list) else value}")
-    for split, full in zip(splits, TASKS[cfg.task]["counts"], strict=True):
-        if full and len(split) != full:
-            notes.append(f"{len(split)} {split.split} images instead of {full}")
+    notes = [f"--{key} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+             for key, value in vars(cfg).items() if key not in free and value != protocol[key]]
+    notes += [f"{len(split)} {split.split} images instead of {full}"
+              for split, full in zip(splits, TASKS[cfg.task]["counts"], strict=True) if full not in (None, len(split))]
     if any(size % backbone.patch_size for size in cfg.size):
         notes.append(f"images are rounded to multiples of the patch size {backbone.patch_size}, labels are not")
     photo, _ = splits[1].read(splits[1].samples[0])
@@ -519,15 +512,14 @@ def write_plot(path, task, records):
 def write_page(path, photo, maps):
     """Write `path`: assets/explore.html filled with one photo's data; point at it, and every map shows what is similar.
 
-    photo: PIL image.   maps: {name: (C, h, w) float}; the last one gives basis and range of the PCA colors.
+    photo: PIL image.   maps: {name: (1, C, h, w)}; the last one gives basis and range of the PCA colors.
     Features are sent as their 64 leading directions (not centered, as cosine similarity is not), each token as 8-bit
     shares of its largest value: the page brings them back to length 1. What that changes is measured and written there.
     """
     panels, differences, similarities = [], [], []
-    pictures = brixel.pca_rgb(list(maps.values())[-1], *maps.values())
-    for (name, features), colors in zip(maps.items(), pictures, strict=True):
-        C, h, w = features.shape
-        tokens = F.normalize(features.float().cpu().flatten(1).T, dim=1)                        # (N, C)
+    for (name, features), colors in zip(maps.items(), brixel.pca_rgb(*maps.values()), strict=True):
+        _, C, h, w = features.shape
+        tokens = F.normalize(features[0].float().cpu().flatten(1).T, dim=1)                     # (N, C)
         reduced = tokens @ torch.linalg.eigh(tokens.T @ tokens).eigenvectors[:, -64:]           # (N, 64)
         reduced = (reduced / reduced.abs().amax(1, keepdim=True).clamp_min(1e-12) * 127).round()
         kept, queries = F.normalize(reduced, dim=1), torch.linspace(0, h * w - 1, 64).long()
@@ -551,8 +543,6 @@ def write_page(path, photo, maps):
 @torch.no_grad()
 def run_pca(cfg):
     """For each photo of --image: PHOTO.pca.png with its features as colors, all in one basis (the last column's)."""
-    from safetensors.torch import save
-
     if not cfg.ckpt or not cfg.image[0]:
         raise brixel.BrixelError("--task pca needs a checkpoint (--ckpt out.pt) and photos (--image a.jpg folder)")
     folder, saved = Path(cfg.out or "."), {}
@@ -575,18 +565,15 @@ def run_pca(cfg):
                 "BRIXEL": model.upsampler(x, layers)}
         if cfg.teacher:
             maps["teacher"] = model.backbone(model.preprocess(image, [model.scale * side for side in x.shape[2:]]))
-        maps = {name: features[0].float() for name, features in maps.items()}           # (C, h, w)
-        row = [np.asarray(image), *brixel.pca_rgb(maps.get("teacher", maps["BRIXEL"]), *maps.values())]
+        row = [np.asarray(image), *brixel.pca_rgb(*maps.values())]
         brixel.write_panel(folder / f"{stem}.pca.png", ["photo", *maps], [row])
         if cfg.html:
             write_page(folder / f"{stem}.html", image, maps)
-        files = f"{folder / stem}.pca.png" + (f", {folder / stem}.html" if cfg.html else "")
-        print(f"wrote {files}: {x.shape[2]} x {x.shape[3]} pixels -> {tuple(maps['BRIXEL'].shape)}")
-        saved[path] = maps["BRIXEL"].cpu().contiguous()
+        saved[path] = maps["BRIXEL"][0].float().cpu().contiguous()                      # (C, h, w)
+        print(f"wrote {folder / stem}.pca.png: {x.shape[2]} x {x.shape[3]} pixels -> {tuple(saved[path].shape)}")
     if cfg.save_features:
         with brixel.atomic(cfg.save_features) as temporary:
             temporary.write_bytes(save(saved))
-        print(f"wrote {cfg.save_features}: one tensor (C, h, w) per photo, named by its path")
 
 
 def gflops(call):

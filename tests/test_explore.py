@@ -18,14 +18,14 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is install
 
 @torch.no_grad()
 def feature_maps(image):
-    """{name: (C, h, w)} of a tiny random model, moved away from bilinear."""
+    """{name: (1, C, h, w)} of a tiny random model, moved away from bilinear."""
     model = brixel.Brixel(brixel.load_backbone("timm:test_vit", "none")).eval()
     for parameter in model.upsampler.parameters():
         parameter.add_(0.05 * torch.randn_like(parameter))
     x = model.preprocess(image, 128)
     layers = model.backbone.layers(x)
     bilinear = F.interpolate(layers[-1], scale_factor=4, mode="bilinear")
-    return {"ViT": layers[-1][0], "bilinear": bilinear[0], "BRIXEL": model.upsampler(x, layers)[0]}
+    return {"ViT": layers[-1], "bilinear": bilinear, "BRIXEL": model.upsampler(x, layers)}
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def opened(tmp_path):
         page.on("console", lambda message: log.append(message.text))
         page.on("pageerror", lambda error: log.append(str(error)))
         page.goto(path.as_uri())
-        yield page, maps
+        yield page, {name: features[0] for name, features in maps.items()}
         assert [line for line in log if not line.startswith("data:image/")] == [path.as_uri()]
 
 
@@ -84,7 +84,7 @@ def test_key_and_button_switch_between_similarity_and_pca_colors(opened):
     page, maps = opened
     page.keyboard.press("c")
     drawn = "maps.map(({canvas: c}) => Array.from(c.getContext('2d').getImageData(0, 0, c.width, c.height).data))"
-    for pixels, colors in zip(page.evaluate(drawn), brixel.pca_rgb(maps["BRIXEL"], *maps.values()), strict=True):
+    for pixels, colors in zip(page.evaluate(drawn), brixel.pca_rgb(*(m[None] for m in maps.values())), strict=True):
         assert np.array_equal(np.reshape(pixels, (*colors.shape[:2], 4))[..., :3], colors)
     page.get_by_text("Show similarity").click()
     assert page.get_by_text("Cosine similarity to the point").is_visible()
