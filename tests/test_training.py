@@ -69,13 +69,6 @@ def test_paper_is_the_default_and_holds_the_recipe_of_section_3():
     assert vars(settings()).items() >= recipe.items()
 
 
-def test_quickstart_is_best_but_for_what_it_says():
-    best, quickstart = vars(settings("--preset", "best")), vars(settings("--preset", "quickstart"))
-    written = CONFIG.partition("quickstart:")[2].partition("\n\n")[0]
-    assert quickstart["optimizer"] == "muon" and quickstart["full_rank"]
-    assert {key for key in best if best[key] != quickstart[key]} == {"preset", *re.findall(r"^  (\w+):", written, re.M)}
-
-
 @pytest.mark.parametrize("line, sentence", [
     ("lt: 2.0", "mine: lt: 2.0: unknown key"),
     ("lr: fast", "mine: lr: 'fast': .*not a float"),
@@ -136,20 +129,18 @@ def test_lr_at_by_hand():
     assert brixel.lr_at(99, cfg, steps_per_epoch=20) == 2e-3
 
 
-def test_muon_is_that_of_torch():
+@pytest.mark.parametrize("shape", [(8, 96), (96, 8)])
+def test_muon_is_that_of_torch(shape):
     torch.manual_seed(0)
-    start = [torch.randn(shape) for shape in ((8, 96), (96, 8), (32, 32))]
-    ours, theirs = ([p.clone().requires_grad_() for p in start] for _ in range(2))
-    optimizers = (brixel.Muon(ours, 0.1),
-                  torch.optim.Muon(theirs, 0.1, weight_decay=0, adjust_lr_fn="match_rms_adamw"))
-    for _ in range(3):
-        for p, q in zip(ours, theirs):
-            p.grad = torch.randn_like(p)
-            q.grad = p.grad.clone()
-        for optimizer in optimizers:
+    start, *gradients = torch.randn(4, *shape)
+    ours, theirs = (start.clone().requires_grad_() for _ in range(2))
+    optimizers = (brixel.Muon([ours], 0.1),
+                  torch.optim.Muon([theirs], 0.1, weight_decay=0, adjust_lr_fn="match_rms_adamw"))
+    for gradient in gradients:
+        for p, optimizer in zip((ours, theirs), optimizers):
+            p.grad = gradient.clone()
             optimizer.step()
-    for before, p, q in zip(start, ours, theirs):
-        assert (p - q).norm() < 0.03 * (q - before).norm()                                # torch's is in bfloat16
+    assert (ours - theirs).norm() < 0.03 * (theirs - start).norm()                        # torch's is in bfloat16
 
 
 def test_muon_gets_exactly_the_matrices():
