@@ -479,7 +479,7 @@ class Brixel(nn.Module):
         return self.upsampler(x, self.backbone.layers(x))
 
     def preprocess(self, image, size=None):
-        """PIL image, opaque, 8 bits -> (1, 3, H, W) float32, normalized, on the model's device.
+        """PIL image, opaque, 8 bits -> (1, 3, H, W), normalized, of the model's device and dtype.
 
         size: short side in pixels (default: the photo's own), rounded to the patch size; or (H, W).
         """
@@ -493,7 +493,7 @@ class Brixel(nn.Module):
             zoom, p = (size or min(image.size)) / min(image.size), self.settings["patch_size"]
             W, H = (nearest_side(side * zoom, p) for side in image.size)
         x = pil_to_tensor(image.convert("RGB").resize((W, H), Image.Resampling.BICUBIC))[None]
-        return normalize(x.to(next(self.upsampler.parameters()).device), self.backbone)
+        return normalize(x, self.backbone).to(next(self.upsampler.parameters()))
 
     def save(self, path, **info):
         """Write adapter, head and settings (not the backbone) to `path`, .pt or .safetensors.
@@ -1067,7 +1067,8 @@ not included, under their own license), into features on {scale} times its token
 [Efficient Dense Features with BRIXEL](https://arxiv.org/abs/2511.05168).
 
     model = brixel.load("{name}")
-    features = model(model.preprocess(photo))      # (1, {embed_dim}, {scale}H/{patch_size}, {scale}W/{patch_size})
+    x = model.preprocess(photo, size=224)          # (1, 3, H, W), short side 224
+    features = model(x)                            # (1, {embed_dim}, {scale}H/{patch_size}, {scale}W/{patch_size})
 
 Trained without labels: `{command}`.  Means over held-out photos, against the teacher's map: {held_out}.
 """

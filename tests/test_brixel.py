@@ -88,8 +88,9 @@ def test_output_grid_is_scale_times_the_token_grid_and_images_do_not_mix(patch_s
 
 
 def test_preprocess_gives_a_normalized_image_of_valid_size_and_others_are_refused():
-    x = trained().preprocess(Image.new("RGBA", (301, 200), (255, 0, 0, 255)), 64)
-    assert x.shape == (1, 3, 64, 96)
+    red, half = Image.new("RGBA", (301, 200), (255, 0, 0, 255)), trained().bfloat16()
+    x = trained().preprocess(red, 64)
+    assert x.shape == (1, 3, 64, 96) and half(half.preprocess(red, 64)).dtype == torch.bfloat16
     assert x[0, 0].unique().item() == pytest.approx((1 - 0.5) / 0.25) and x[0, 1].unique().item() == -2
     for other, sentence in [(x[..., :50], "nearest valid size is 64 x 48"), (x[0], "must be .B, 3, H, W")]:
         with pytest.raises(BrixelError, match=sentence):

@@ -134,10 +134,9 @@ def test_muon_is_that_of_torch(shape):
     torch.manual_seed(0)
     start, *gradients = torch.randn(4, *shape)
     ours, theirs = (start.clone().requires_grad_() for _ in range(2))
-    optimizers = (brixel.Muon([ours], 0.1),
-                  torch.optim.Muon([theirs], 0.1, weight_decay=0, adjust_lr_fn="match_rms_adamw"))
+    both = brixel.Muon([ours], 0.1), torch.optim.Muon([theirs], 0.1, weight_decay=0, adjust_lr_fn="match_rms_adamw")
     for gradient in gradients:
-        for p, optimizer in zip((ours, theirs), optimizers):
+        for p, optimizer in zip((ours, theirs), both):
             p.grad = gradient.clone()
             optimizer.step()
     assert (ours - theirs).norm() < 0.03 * (theirs - start).norm()                        # torch's is in bfloat16
