@@ -176,8 +176,8 @@ class TransformersBackbone(Backbone):
         super().__init__(name, model.float(), config.patch_size, config.hidden_size, config.num_hidden_layers,
                          pixels.image_mean, pixels.image_std)
         inner = getattr(model, "vision_model", model)         # some versions wrap it
-        names = [n for n in ("norm", "layernorm", "post_layernorm") if hasattr(inner, n)]
-        self.final_norm = getattr(inner, names[0])
+        norm = getattr(inner, "norm", None) or getattr(inner, "layernorm", None)
+        self.final_norm = norm or inner.post_layernorm
 
     def tokens(self, x):
         # any size of image; models with rotary positions take no notice of interpolate_pos_encoding
