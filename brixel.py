@@ -52,7 +52,7 @@ def one_sentence(what):
     try:
         yield
     except Exception as error:    # noqa: BLE001  no network, no access, a damaged file: every library has its own
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = re.sub(r"\x1b\[\d*m|\s+", " ", str(error)) or type(error).__name__      # one line, no colors
         raise BrixelError(f"{what}: {reason[:300]}") from None
 
 
@@ -317,8 +317,9 @@ class DeformableAttention(nn.Module):
         offsets = self.offsets(query).view(B, Q, M, points, 2).permute(0, 2, 3, 1, 4)
         normalizer = torch.tensor([w, h], device=query.device)
         locations = reference + offsets / normalizer               # (B, M, points, Q, 2), in [0, 1]
-        grid = (2 * locations - 1).to(value.dtype)                  # as grid_sample counts, -1 to 1
-        sampled = F.grid_sample(value.flatten(0, 1), grid.flatten(0, 1), align_corners=False)
+        grid = 2 * locations.flatten(0, 1).float() - 1              # as grid_sample counts, -1 to 1
+        # in float32: bfloat16 moves them by up to a tenth of a token, and is wrong in torch 2.14 on a CPU
+        sampled = F.grid_sample(value.flatten(0, 1).float(), grid, align_corners=False).to(value.dtype)
 
         # sampled: (B*M, D/2M, points, Q); queries innermost, for sums that are vectorized on a CPU
         weights = self.weights(query).view(B, Q, M, points).permute(0, 2, 3, 1).softmax(2)
@@ -504,8 +505,8 @@ class Brixel(nn.Module):
         settings = {**self.settings, **info}
         with atomic(path) as temporary:
             if str(path).endswith(".safetensors"):
-                from safetensors.torch import save_file
-                save_file(tensors, temporary, metadata={"brixel": json.dumps(settings)})
+                from safetensors.torch import save
+                temporary.write_bytes(save(tensors, metadata={"brixel": json.dumps(settings)}))
             else:
                 torch.save({"brixel": settings, "model": tensors}, temporary)
 
@@ -887,10 +888,10 @@ def evaluate(model, held_out, accelerator):
     Returns: {"bilinear l1": float, ..., "brixel cosine": float, "photos": int}; cosine: 1 - cosine_loss, and edge with
     the paper's k, so that runs with other losses compare.
     """
-    from accelerate.utils import gather_object
+    from accelerate.utils import gather_object, tqdm
 
     errors = []                                                   # a dict for each photo
-    for image in held_out:
+    for image in tqdm(held_out, desc="evaluating", leave=False):
         maps = all_maps(model, image, accelerator)
         P, mean = principal_components(maps["teacher"])
         errors.append({})
@@ -998,7 +999,7 @@ def read_tensors(path):
     """
     if not os.path.isfile(path):
         raise BrixelError(f"there is no file {path} (--ckpt, --weights, --init)")
-    with one_sentence(f"{path} is not a checkpoint that can be read without running code"):
+    with one_sentence(f"{path} is not a readable checkpoint (truncated, of another format, or code, which is not run)"):
         if str(path).endswith(".safetensors"):
             from safetensors import safe_open
             with safe_open(path, "pt") as file:

@@ -570,7 +570,7 @@ def run_pca(cfg):
         if cfg.html:
             write_page(folder / f"{stem}.html", image, maps)
         saved[path] = maps["BRIXEL"][0].float().cpu().contiguous()                      # (C, h, w)
-        print(f"wrote {folder / stem}.pca.png: {x.shape[2]} x {x.shape[3]} pixels -> {tuple(saved[path].shape)}")
+        print(f"wrote {folder / stem}.pca.png{' and .html' if cfg.html else ''}, maps of {tuple(saved[path].shape)}")
     if cfg.save_features:
         with brixel.atomic(cfg.save_features) as temporary:
             temporary.write_bytes(save(saved))

@@ -88,19 +88,23 @@ def test_output_grid_is_scale_times_the_token_grid_and_images_do_not_mix(patch_s
 
 
 def test_preprocess_gives_a_normalized_image_of_valid_size_and_others_are_refused():
-    red, half = Image.new("RGBA", (301, 200), (255, 0, 0, 255)), trained().bfloat16()
+    red = Image.new("RGBA", (301, 200), (255, 0, 0, 255))
     x = trained().preprocess(red, 64)
-    assert x.shape == (1, 3, 64, 96) and half(half.preprocess(red, 64)).dtype == torch.bfloat16
+    assert x.shape == (1, 3, 64, 96) and trained().bfloat16().preprocess(red, 64).dtype == torch.bfloat16
     assert x[0, 0].unique().item() == pytest.approx((1 - 0.5) / 0.25) and x[0, 1].unique().item() == -2
     for other, sentence in [(x[..., :50], "nearest valid size is 64 x 48"), (x[0], "must be .B, 3, H, W")]:
         with pytest.raises(BrixelError, match=sentence):
             trained()(other)
 
 
-def test_heads_start_by_looking_one_to_four_tokens_away():
-    bias = brixel.DeformableAttention(64).offsets.bias.view(16, 4, 2)
+def test_heads_start_by_looking_one_to_four_tokens_away_and_places_are_not_rounded_to_bfloat16():
+    attention = brixel.DeformableAttention(64)
+    bias = attention.offsets.bias.view(16, 4, 2)
     torch.testing.assert_close(bias.abs().amax(-1), torch.arange(1.0, 5).expand(16, 4))
     torch.testing.assert_close(bias[4, 2], torch.tensor([0.0, 3.0]), atol=1e-5, rtol=0)
+    maps = torch.randn(1, 8, 128, 64), torch.randn(1, 4, 64, 64)
+    want, got = attention(*maps), attention.bfloat16()(*(x.bfloat16() for x in maps))
+    assert (got - want).norm() < 0.02 * want.norm()
 
 
 def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():

@@ -39,11 +39,9 @@ def test_python_example_runs_and_its_shapes_are_true(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("assets").symlink_to(ROOT / "assets")
     Image.new("RGB", (300, 200)).save("photo.jpg")
-    names = {}
-    exec(re.search(r"```python\n(.*?)```", README, re.DOTALL)[1], names)
+    exec(re.search(r"```python\n(.*?)```", README, re.DOTALL)[1], names := {})
     assert names["x"].shape == (1, 3, 224, 336)
     assert names["features"].shape == (1, 384, 4 * 16, 4 * 24) and names["tokens"].shape == (1, 384, 16, 24)
-    assert torch.isfinite(names["features"]).all()
 
 
 @pytest.mark.parametrize("command", COMMANDS + INLINE)
@@ -63,7 +61,6 @@ def test_the_commands_run_one_after_the_other(photos, fresh_accelerate, in_proce
     shutil.copytree(photos, "PHOTOS")
     Path("assets").symlink_to(ROOT / "assets")
     Image.fromarray(photo(np.random.default_rng(0), 300, 400)).save("YOUR_PHOTO.jpg")
-    assert len(COMMANDS) >= 11
     for command in COMMANDS:
         script, args = script_and_args(command)
         if script == "brixel.py":
