@@ -257,7 +257,7 @@ def zero_linear(n_in, n_out):
 
 
 class SpatialPrior(nn.Module):
-    """Pixels to features of strides 4 and 8, resized to two sizes: what the patch embedding has lost.
+    """Pixels to features of strides 4 and 8, resized: what the patch embedding has thrown away.
 
     Differs from the released code, which also has strides 16 and 32; they never reach the output.
     """
@@ -273,7 +273,7 @@ class SpatialPrior(nn.Module):
         self.proj2 = nn.Linear(2 * stem_width, embed_dim)
 
     def forward(self, small, size1, size2):
-        """small (B, 3, H, W) -> c1 (B, *size1, D), of stride 4, and c2 (B, *size2, D), of stride 8."""
+        """small (B, 3, H, W) -> c1 (B, *size1, D) of stride 4, c2 (B, *size2, D) of stride 8."""
         s4 = self.stem(small.contiguous(memory_format=torch.channels_last))  # (B, 64, H/4, W/4)
         s8 = self.down(s4)                                                # (B, 128, H/8, W/8)
         # A 1x1 convolution and a bilinear resize commute; resizing first touches 64 channels, not D
@@ -318,8 +318,9 @@ class DeformableAttention(nn.Module):
         normalizer = torch.tensor([w, h], device=query.device)
         locations = reference + offsets / normalizer               # (B, M, points, Q, 2), in [0, 1]
         grid = 2 * locations.flatten(0, 1).float() - 1              # as grid_sample counts, -1 to 1
-        # in float32: bfloat16 moves them by up to a tenth of a token, and is wrong in torch 2.14 on a CPU
-        sampled = F.grid_sample(value.flatten(0, 1).float(), grid, align_corners=False).to(value.dtype)
+        # in float32: bfloat16 moves the places, and torch 2.14's kernel for it on a CPU gives NaN
+        sampled = F.grid_sample(value.flatten(0, 1).float(), grid, align_corners=False)
+        sampled = sampled.to(value.dtype)
 
         # sampled: (B*M, D/2M, points, Q); queries innermost, for sums that are vectorized on a CPU
         weights = self.weights(query).view(B, Q, M, points).permute(0, 2, 3, 1).softmax(2)
@@ -522,7 +523,8 @@ class Brixel(nn.Module):
             Path(folder, "README.md").write_text(model_card(self.settings, repo_id))
             hub = HfApi(token=token)
             hub.create_repo(repo_id, private=private, exist_ok=True)
-            return hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+            return hub.upload_folder(repo_id=repo_id, folder_path=folder,
+                                     commit_message=commit_message)
 
     def export_onnx(self, path, size=None):
         """Write backbone, adapter and head as an ONNX file: image (batch, 3, *size) -> features.
