@@ -51,8 +51,8 @@ def fresh_accelerate():
 def in_process(fresh_accelerate, monkeypatch):
     """in_process(*args): brixel.main in this process, on one thread: two on a busy machine take longer."""
     import brixel
-
     monkeypatch.setattr("os.cpu_count", lambda: 1)
+    torch.set_num_threads(1)
 
     def run(*args):
         fresh_accelerate()
