@@ -241,8 +241,8 @@ def test_stopped_run_resumes_bit_for_bit(in_process, photos, tmp_path, monkeypat
 
 def start(out, *args):
     """brixel.py in a session of its own, on one thread, up to its first new checkpoint."""
-    one_thread, before = "torch.set_num_threads(1); os.cpu_count = lambda: 1", checkpoints(out)
-    command = [sys.executable, "-c", f"import os, torch, brixel; {one_thread}; brixel.main()", *FAST, "--out", out, "--save_every", 1, *args]
+    code = "import os, torch, brixel; torch.set_num_threads(1); os.cpu_count = lambda: 1; brixel.main()"
+    command, before = [sys.executable, "-c", code, *FAST, "--out", out, "--save_every", 1, *args], checkpoints(out)
     process = subprocess.Popen([*map(str, command)], cwd=ROOT, start_new_session=True, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while process.poll() is None and checkpoints(out) == before:
