@@ -8,7 +8,6 @@ taken in turns.  Prints a line, and one of JSON.
 """
 import argparse
 import json
-import math
 import random
 import sys
 import time
@@ -76,9 +75,7 @@ def bench_step(args):
     def optimizer():
         for parameter in upsampler.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        accelerator.clip_grad_norm_(upsampler.parameters(), math.inf)
-        for part in optimizers:
-            part.step()
+        brixel.optimizer_step(upsampler, optimizers, accelerator)
 
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     matrix = torch.randn([8192 if image.is_cuda else 2048] * 2, device=image.device, dtype=dtype)

@@ -1,6 +1,4 @@
 """Shared by all tests: small photographs, a tiny backbone, and the ways to run brixel.py."""
-
-import subprocess
 import sys
 from pathlib import Path
 
@@ -65,12 +63,6 @@ def error_of(run, *args):
     with pytest.raises(SystemExit) as exit:
         run(*args)
     return str(exit.value.code)
-
-
-def launch(*args):
-    """`accelerate launch brixel.py ...` as a user types it.   Returns: subprocess.CompletedProcess."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "brixel.py", *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 def weights_of(path):

@@ -38,7 +38,6 @@ def small_timm(name, **options):
 
 
 def of_timm(model, weights="none"):
-    """A model of timm as a backbone."""
     with mock.patch("timm.create_model", lambda *args, **options: model):
         return load_backbone("timm:x", weights)
 

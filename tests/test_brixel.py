@@ -88,9 +88,8 @@ def test_output_grid_is_scale_times_the_token_grid_and_images_do_not_mix(patch_s
 
 
 def test_preprocess_gives_a_normalized_image_of_valid_size_and_others_are_refused():
-    red = Image.new("RGBA", (301, 200), (255, 0, 0, 255))
-    x = trained().preprocess(red, 64)
-    assert x.shape == (1, 3, 64, 96) and trained().bfloat16().preprocess(red, 64).dtype == torch.bfloat16
+    x = trained().preprocess(Image.new("RGBA", (301, 200), (255, 0, 0, 255)), 64)
+    assert x.shape == (1, 3, 64, 96) and trained().bfloat16().preprocess(Image.new("L", (8, 8))).dtype == torch.bfloat16
     assert x[0, 0].unique().item() == pytest.approx((1 - 0.5) / 0.25) and x[0, 1].unique().item() == -2
     for other, sentence in [(x[..., :50], "nearest valid size is 64 x 48"), (x[0], "must be .B, 3, H, W")]:
         with pytest.raises(BrixelError, match=sentence):
@@ -298,7 +297,8 @@ def test_pushed_model_has_a_card_and_is_read_back(tmp_path, monkeypatch):
     model.settings |= {"backbone": "timm:test_vit", "held_out": {"brixel l1": 0.25}}
     model.push_to_hub("me/features")
     _, front, text = (tmp_path / "me/features/README.md").read_text().split("---\n", 2)
-    assert yaml.safe_load(front)["base_model"] == "timm/test_vit" and "brixel l1 0.25" in text
+    front = yaml.safe_load(front)
+    assert (front["library_name"], front["base_model"]) == ("brixel", "timm/test_vit") and "brixel l1 0.25" in text
     for place in ("me/features", tmp_path / "me/features"):
         assert torch.equal(brixel.load(place, backbone=model.backbone)(x), model(x))
 

@@ -117,6 +117,15 @@ def test_mean_iou_agrees_with_both_readings(released, values):
                                  "pixel_accuracy": values["official.pixAcc"]}, abs=1e-9)
 
 
+def test_an_image_without_a_valid_pixel_counts_nowhere():
+    pred, maps = torch.rand(2, 2, 3, 4, 4) + 0.1
+    valid = torch.tensor([True, False]).view(2, 1, 1, 1).expand(2, 1, 4, 4)
+    batch = {"depth": maps[:, :1], "valid": valid, "normal": maps, "normal_valid": valid}
+    for readout, channels in ((probe.Depth, 1), (probe.Normals, 3)):
+        one = updated(readout(), pred[:1, :channels], **{key: value[:1] for key, value in batch.items()})
+        assert updated(readout(), pred[:, :channels], **batch) == pytest.approx(one)
+
+
 def test_colors_by_hand():
     facing = torch.tensor([0.0, 0, 1]).view(1, 3, 1, 1)                                # away from the camera is +z here
     normals = {"normal": facing, "normal_valid": torch.ones(1, 1, 1, 1) > 0}

@@ -40,7 +40,7 @@ def test_python_example_runs_and_its_shapes_are_true(tmp_path, monkeypatch):
     Path("assets").symlink_to(ROOT / "assets")
     Image.new("RGB", (300, 200)).save("photo.jpg")
     exec(re.search(r"```python\n(.*?)```", README, re.DOTALL)[1], names := {})
-    assert names["x"].shape == (1, 3, 224, 336)
+    assert names["x"].shape == (1, 3, 224, 336) and torch.isfinite(names["features"]).all()
     assert names["features"].shape == (1, 384, 4 * 16, 4 * 24) and names["tokens"].shape == (1, 384, 16, 24)
 
 
@@ -61,6 +61,7 @@ def test_the_commands_run_one_after_the_other(photos, fresh_accelerate, in_proce
     shutil.copytree(photos, "PHOTOS")
     Path("assets").symlink_to(ROOT / "assets")
     Image.fromarray(photo(np.random.default_rng(0), 300, 400)).save("YOUR_PHOTO.jpg")
+    assert len(COMMANDS) >= 11
     for command in COMMANDS:
         script, args = script_and_args(command)
         if script == "brixel.py":

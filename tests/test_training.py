@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FAST, ROOT, error_of, launch, weights_of
+from conftest import FAST, ROOT, error_of, weights_of
 from PIL import Image
 
 import brixel
@@ -132,7 +132,7 @@ def test_lr_at_by_hand():
 @pytest.mark.parametrize("shape", [(8, 96), (96, 8)])
 def test_muon_is_that_of_torch(shape):
     start, *gradients = torch.randn(4, *shape)
-    ours, theirs = (start.clone().requires_grad_() for _ in range(2))
+    ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
     both = brixel.Muon([ours], 0.1), torch.optim.Muon([theirs], 0.1, weight_decay=0, adjust_lr_fn="match_rms_adamw")
     for gradient in gradients:
         for p, optimizer in zip((ours, theirs), both):
@@ -154,7 +154,9 @@ def test_launch_trains_and_leaves_checkpoint_picture_and_log(photos, tmp_path):
     out = tmp_path / "out.pt"
     cut = photos / f"{data.split(8, 0.01)[0][0]}.jpg"             # not the photo that is held out
     cut.write_bytes(cut.read_bytes()[:900])
-    done = launch(*FAST, "--data_dir", photos, "--out", out, "--max_steps", 3, "--num_workers", 1, "--eval_every", 2)
+    flags = ["--data_dir", photos, "--out", out, *"--max_steps 3 --num_workers 1 --eval_every 2".split()]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "brixel.py", *FAST, *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [r["step"] for r in map(json.loads, open(tmp_path / "out.jsonl")) if "brixel l1" in r] == [2, 3]
     assert [r["step"] for r in log_of(out)] == [1, 2, 3]
@@ -229,7 +231,7 @@ def test_stopped_run_resumes_bit_for_bit(in_process, photos, tmp_path, monkeypat
     common, out = [*FAST, "--data_dir", photos, "--max_steps", 7, "--eval_every", 3, *preset], tmp_path / "parts.pt"
     in_process(*common, "--out", tmp_path / "whole.pt")
     handler = signal.getsignal(number)
-    call_at(monkeypatch, "lr_at", 3, lambda: signal.raise_signal(number))
+    call_at(monkeypatch, "optimizer_step", 3, lambda: signal.raise_signal(number))
     message = error_of(in_process, *common, "--out", out)
     assert "after step 3" in message and "--resume" in message and checkpoints(out) == ["step_0000003"]
     assert signal.getsignal(number) is handler and not out.exists()
