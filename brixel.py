@@ -53,6 +53,7 @@ def one_sentence(what):
         yield
     except Exception as error:    # noqa: BLE001  no network, no access, a damaged file: every library has its own
         reason = re.sub(r"\x1b\[\d*m|\s+", " ", str(error)) or type(error).__name__      # one line, no colors
+        reason = reason.partition(". ")[0]         # what follows is advice, such as torch's to load unsafely
         raise BrixelError(f"{what}: {reason[:300]}") from None
 
 
@@ -533,7 +534,7 @@ class Brixel(nn.Module):
         Weights of more than 1.5 GB lie beside it, in path.data.
         """
         H, W = size or 2 * [16 * self.settings["patch_size"]]
-        example = torch.zeros(2, 3, H, W, device=next(self.upsampler.parameters()).device)
+        example = next(self.upsampler.parameters()).new_zeros(2, 3, H, W)
         check_image(example, self.settings["patch_size"])
         torch.onnx.export(
             self.eval(), (example,), str(path), dynamo=True, opset_version=20, external_data=False,
@@ -783,7 +784,7 @@ def make_loaders(cfg, index, train_ids, val_ids, backbone, accelerator, samples)
     sizes = cfg.teacher_size, cfg.min_side or cfg.teacher_size
     workers = {"num_workers": cfg.num_workers, "worker_init_fn": data.ignore_ctrl_c,
                "generator": torch.Generator()}                    # its own: no loader disturbs an exact resume
-    photos = data.Photos(index, train_ids, *sizes, cfg.crop, cfg.crop_min, cfg.color_jitter, cfg.seed)
+    photos = data.Photos(index, train_ids, *sizes, cfg.crop, cfg.crop_min, cfg.seed)
     if cfg.cache_crops:
         crops = DataLoader(photos, sampler=data.Draws(len(photos), 0, cfg.cache_crops, cfg.seed), **workers)
         maps = cached_maps(cfg, backbone, crops, accelerator)
@@ -1139,8 +1140,7 @@ def load_checkpoint(accelerator, cfg, settings):
         return 0
     found = sorted(beside(cfg, ".state").glob("step_*"))
     if not found:
-        raise BrixelError(f"there is no checkpoint of a run in {beside(cfg, '.state')}: start anew with --overwrite "
-                          "(--resume)")
+        raise BrixelError(f"there is no checkpoint of a run in {beside(cfg, '.state')}: leave out --resume")
     saved = json.loads((found[-1] / "settings.json").read_text())
     changed = [f"{key} was {saved.get(key)!r}, is {value!r}" for key, value in settings.items()
                if key not in MAY_CHANGE and saved.get(key) != value]
@@ -1162,9 +1162,9 @@ def check_settings(cfg, backbone):
     for key, values in allowed.items():
         if getattr(cfg, key) not in values:
             raise BrixelError(f"{key} {getattr(cfg, key)} is not one of {', '.join(map(str, values))} (--{key})")
-    if len(cfg.color_jitter) != 4 or min(cfg.color_jitter) < 0 or cfg.color_jitter[3] > 0.5:
-        raise BrixelError(f"color_jitter {cfg.color_jitter} must be 4 numbers from 0 up, the hue at most 0.5 "
-                          "(--color_jitter)")
+    for key in ("crop_min", "lr_decay", "drop_path"):
+        if getattr(cfg, key) > 1:
+            raise BrixelError(f"{key} {getattr(cfg, key)} must be a share, 1 or less (--{key})")
     for key in ("max_steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_every", "k"):
         if getattr(cfg, key) < 1:
             raise BrixelError(f"{key} {getattr(cfg, key)} must be 1 or more (--{key})")
@@ -1236,7 +1236,12 @@ def load_config(argv, flag, default, description, path=Path(__file__).with_name(
             kind = {"type": type(value[0]), "nargs": "+"}
         spellings = dict.fromkeys([f"--{key}", f"--{key.replace('_', '-')}"])          # both, as accelerate does
         parser.add_argument(*spellings, default=value, help=f"{comment} [{value}]".replace("%", "%%"), **kind)
-    return parser.parse_args(argv)
+    cfg = parser.parse_args(argv)
+    for key, value in vars(cfg).items():
+        numbers = [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, int | float)]
+        if not all(x >= 0 for x in numbers):
+            parser.error(f"argument --{key}: {value}: must be 0 or more")
+    return cfg
 
 
 def main(argv=None):

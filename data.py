@@ -186,16 +186,16 @@ def split(n, val_share, most=256):
 class Photos(Dataset):
     """Crops of the photos `ids` of a PhotoIndex.
 
-    crop: "random", or "center", whatever n.   size, min_side, crop_min, jitter: as in read_crop and color_jitter.
+    crop: "random", or "center", whatever n.   size, min_side, crop_min: as in read_crop.
     Item (n, position): (3, size, size) uint8, crop number n, of photo ids[position]: a pure function of both and the
     seed. A photo that cannot be used is named in a warning, once per worker; another, drawn at random, takes its place.
     Raises: DataError after `max_skipped` of them in a row: then the folder or a setting is wrong.
     """
     max_skipped = 20
 
-    def __init__(self, index, ids, size, min_side=0, crop="random", crop_min=0.5, jitter=(0, 0, 0, 0), seed=42):
+    def __init__(self, index, ids, size, min_side=0, crop="random", crop_min=0.5, seed=42):
         self.index, self.ids, self.size, self.min_side = index, ids, size, min_side
-        self.crop, self.crop_min, self.jitter, self.seed = crop, crop_min, jitter, seed
+        self.crop, self.crop_min, self.seed = crop, crop_min, seed
         self.skipped = {}                                                               # position: name and reason
 
     def __len__(self):
@@ -208,11 +208,10 @@ class Photos(Dataset):
         for position in [first, *others]:
             if position in self.skipped:
                 continue
-            i, rng = self.ids[position], random.Random(f"{self.seed}/{n}")
-            crop_rng = rng if self.crop == "random" else None
+            i = self.ids[position]
+            rng = random.Random(f"{self.seed}/{n}") if self.crop == "random" else None
             try:
-                crop = read_crop(self.index.open(i), self.size, self.min_side, crop_rng, self.crop_min)
-                return color_jitter(crop, self.jitter, rng) if any(self.jitter) else crop
+                return read_crop(self.index.open(i), self.size, self.min_side, rng, self.crop_min)
             except DataError as error:
                 self.skipped[position] = f"{self.index.name(i)}: {error}"
                 warnings.warn(f"skipped {self.skipped[position]}")

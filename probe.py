@@ -2,14 +2,13 @@
 
     python probe.py --task navi --data_dir navi_v1.0 --ckpt out.pt                  # baseline and BRIXEL
     python probe.py --task ade20k --data_dir ADEChallengeData2016 --ckpt out.pt --teacher
-    python probe.py --task nyu --data_dir nyuv2 --backbone dinov3                   # the baseline alone
     python probe.py --task cityscapes --data_dir cityscapes --ckpt out.pt --size 128 256 384 512
     accelerate launch --num_processes 4 --multi_gpu probe.py --task navi ...        # same result as one process
     python probe.py --task pca --ckpt out.pt --image a.jpg photos/                  # pictures of the features
     python probe.py --task cost --backbone dinov3_vits16 dinov3_vitb16              # GFLOPs, milliseconds, memory
 
-Rows: "baseline" is the backbone alone; "BRIXEL" the checkpoint on the same image; "teacher" the backbone on the image
-at 4x the side, the ceiling. Each gets its own small readout, trained with the same seed, batches and steps on frozen
+Rows: "baseline" is the backbone, without --ckpt the only row; "BRIXEL" the checkpoint on the same image; "teacher" the
+backbone on the image at 4x the side, the ceiling. Each gets its own small readout, trained with the same seed, batches and steps on frozen
 features of the last layer. Prints a table beside the paper's numbers and, as the last line, one JSON object; writes
 out.TASK.json and out.TASK.png beside the checkpoint (--out). Settings: config.yaml, section of the task's name.
 """
@@ -401,36 +400,32 @@ def run_row(cfg, acc, row, size, model, scale, backbone):
 
 def run_benchmark(cfg):
     """Train and score the probes of one task; print the table and the JSON line, write the files."""
-    start = time.time()
     out = cfg.out or (cfg.ckpt if Path(cfg.ckpt).is_file() else "out")
     stem = re.sub(r"\.(pt|pth|safetensors)$", "", out) + f".{cfg.task}"
     brixel.check_writable(stem)
     acc = Accelerator(mixed_precision=brixel.precision(cfg), cpu=torch.backends.mps.is_available())    # MPS: no float64
     if cfg.batch_size < 2 * acc.num_processes - 1:                 # so that each process has an image of every batch
         raise brixel.BrixelError(f"--batch_size {cfg.batch_size} must be at least {2 * acc.num_processes - 1}")
+    TASKS[cfg.task]["reader"](cfg.data_dir, "val", 1)              # a wrong folder is told before a backbone is fetched
     if cfg.ckpt:
         model = brixel.load(cfg.ckpt, cfg.backbone or None, cfg.weights or None)
     else:                                                          # its adapter is random, and no row uses it
         model = brixel.Brixel(brixel.load_backbone(cfg.backbone or "dinov3", cfg.weights or "pretrained"))
-    model = model.to(acc.device)
-    backbone = model.backbone
+    backbone = model.to(acc.device).backbone
     rows = {"baseline": (backbone, 1)}                             # row: (network, factor on the image's side)
     if cfg.ckpt:
         rows["BRIXEL"] = model, 1
     if cfg.teacher:
         rows["teacher"] = backbone, model.scale
-    acc.print(f"{cfg.task}: backbone {backbone.name}, {acc.num_processes} {acc.device.type} process(es), "
-              f"precision {acc.mixed_precision}")
     records, shown = [], {}
     for size, (row, (network, scale)) in itertools.product(cfg.size, rows.items()):
         acc.print(f"{row}, {size} pixels")
         record, splits, panels = run_row(cfg, acc, row, size, network, scale, backbone)
         records.append({"row": row, "size": size, **record})
-        if size == cfg.size[0]:
-            shown |= panels
+        shown |= panels                                            # of several sizes the last one is shown
     result = {"task": cfg.task, "backbone": backbone.name, "ckpt": cfg.ckpt, "rows": records,
-              "n_train": len(splits[0]), "n_val": len(splits[1]), "seconds": round(time.time() - start, 1),
-              "seed": cfg.seed, "processes": acc.num_processes, "precision": acc.mixed_precision,
+              "n_train": len(splits[0]), "n_val": len(splits[1]), "seed": cfg.seed,
+              "processes": acc.num_processes, "precision": acc.mixed_precision,
               "deviations": deviations(cfg, splits, backbone), "settings": vars(cfg)}
     if acc.is_main_process:
         write_results(result, shown, stem)
@@ -555,10 +550,13 @@ def run_pca(cfg):
     photos = [(index.name(i), index, i) for index in indices for i in range(len(index))]
     stems = [Path(name.replace(".tar at byte ", "_")).stem for name, *_ in photos]
     if len(set(stems)) < len(stems):
-        raise brixel.BrixelError(f"two photos of --image are called {max(stems, key=stems.count)}: one picture would "
-                                 "overwrite the other")
+        raise brixel.BrixelError(f"two photos of --image would become {max(stems, key=stems.count)}.pca.png")
     for stem, (path, index, i) in zip(stems, photos, strict=True):
-        image = open_photo(index.open(i), path)
+        try:
+            image = open_photo(index.open(i), path)
+        except DataError as error:                 # named now, and counted when the others are done
+            print(f"skipped {error}")
+            continue
         x = model.preprocess(image, cfg.size)
         layers = model.backbone.layers(x)
         maps = {"ViT": layers[-1], "bilinear": F.interpolate(layers[-1], scale_factor=model.scale, mode="bilinear"),
@@ -574,6 +572,8 @@ def run_pca(cfg):
     if cfg.save_features:
         with brixel.atomic(cfg.save_features) as temporary:
             temporary.write_bytes(save(saved))
+    if len(saved) < len(photos):
+        raise DataError(f"{len(photos) - len(saved)} of {len(photos)} photos were skipped, see above (--image)")
 
 
 def gflops(call):

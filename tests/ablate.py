@@ -50,7 +50,6 @@ def train(variant, seed, args, maps):
         return brixel.load(cfg.out).upsampler
 
 
-@torch.no_grad()
 def held_out_maps(args):
     """[frozen_pass of one photo, ...] for args.val photos of --val_dir, evenly spaced."""
     index, backbone = data.PhotoIndex(args.val_dir, "--val_dir"), brixel.load_backbone("sample")

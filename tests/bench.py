@@ -53,7 +53,6 @@ def bench_reading(folder, size=1024, count=60):
 def bench_step(args):
     """The parts of one training step, each alone, and the whole."""
     cfg = brixel.load_config(["--preset", args.preset], "preset", None, "")
-    cfg.out = "out.pt"
     backbone = brixel.load_backbone(args.backbone, None)
     accelerator, _, upsampler, optimizers = brixel.set_up(cfg, backbone)
     image = torch.randint(256, (args.batch_size, 3, args.teacher_size, args.teacher_size), dtype=torch.uint8)
@@ -85,8 +84,7 @@ def bench_step(args):
     flops = (gflops(teacher) + 3 * gflops(lambda: upsampler(small, layers))) * 1e9      # backward: two forward passes
     rate = 2 * len(matrix)**3 / ms.pop("product") * 1000
     step = sum(ms.values())
-    result = {"preset": args.preset, "backbone": args.backbone, "teacher_size": args.teacher_size,
-              "batch_size": args.batch_size, "device": str(accelerator.device), "threads": torch.get_num_threads(),
+    result = {**vars(args), "device": str(accelerator.device), "threads": torch.get_num_threads(),
               "precision": accelerator.mixed_precision,
               "images/s": args.batch_size / step * 1000, "ms": ms, "share_of_floor": flops / rate / step * 1000}
     print(f"{result['images/s']:.3g} images/s, {step:.4g} ms a step: "

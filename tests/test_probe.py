@@ -291,7 +291,6 @@ def test_two_processes_equal_one(benchmarks, run, task, flags):
 
 @pytest.mark.parametrize(("flags", "sentence"), [
     (["--task", "navi", "--data_dir", "nowhere"], "no folder 'nowhere'; set --data_dir"),
-    (["--task", "navi", "--data_dir", ".", "--split", "test"], "unknown split 'test'; known: paper, dataset, probe3d"),
     (["--task", "ade20k", "--batch_size", "0"], "--batch_size 0 must be at least 1"),
     (["--task", "ade20k", "--out", "no/such"], "--out no/such.ade20k: there is no folder"),
     (["--task", "pca", "--image", "a.jpg"], "needs a checkpoint")])
@@ -335,13 +334,18 @@ def test_pca_writes_a_panel_per_photo_and_the_features(benchmarks, pca, photos, 
     torch.testing.assert_close(features[str(photos / "1.jpg")], model(x)[0])
 
 
-def test_pca_of_the_photos_in_a_tar_and_twice_the_same_name(pca, photos, tmp_path):
+def test_pca_of_the_photos_in_a_tar_twice_the_same_name_and_a_broken_one(pca, photos, tmp_path, capsys):
     with tarfile.open(tmp_path / "two.tar", "w") as tar:
         for name in ("1.jpg", "2.jpg"):
             tar.add(photos / name, name)
     pca("--image", str(tmp_path / "two.tar"))
     assert len(list(tmp_path.glob("two_*.pca.png"))) == 2
-    assert "two photos of --image are called 1" in error_of(pca, "--image", str(photos), str(photos / "1.jpg"))
+    assert "two photos of --image would become 1.pca.png" in error_of(pca, "--image", str(photos), str(photos / "1.jpg"))
+    (photos / "0.jpg").write_bytes(b"")
+    saved = tmp_path / "features.safetensors"
+    error = error_of(pca, "--image", str(photos), "--save_features", str(saved))
+    assert error == "probe.py: error: 1 of 8 photos were skipped, see above (--image)"
+    assert f"skipped {photos / '0.jpg'} cannot be read" in capsys.readouterr().out and len(load_file(saved)) == 7
 
 
 def test_cost_counts_parameters_time_and_every_multiplication(capsys):

@@ -65,7 +65,7 @@ def test_every_key_is_a_flag_with_its_comment_as_help(capsys, monkeypatch):
 def test_paper_is_the_default_and_holds_the_recipe_of_section_3():
     recipe = {"backbone": "dinov3", "teacher_size": 1024, "scale": 4, "batch_size": 16, "max_steps": 40_000, "lr": 1e-3,
               "warmup_lr": 1e-4, "warmup_epochs": 1, "lambda_edge": 1, "lambda_spectral": 0.1, "k": 8,
-              "optimizer": "adam", "full_rank": False, "lambda_cosine": 0, "lr_decay": 0, "color_jitter": [0, 0, 0, 0]}
+              "optimizer": "adam", "full_rank": False, "lambda_cosine": 0, "lr_decay": 0}
     assert vars(settings()).items() >= recipe.items()
 
 
@@ -82,7 +82,7 @@ def test_bad_config_is_refused_in_one_sentence(tmp_path, line, sentence):
         settings("--preset", "mine", path=path)
 
 
-@pytest.mark.parametrize("value, number", [("1e-3", 1e-3), ("2", 2.0), ("-1.5E+2", -150.0)])
+@pytest.mark.parametrize("value, number", [("1e-3", 1e-3), ("2", 2.0), ("1.5E+2", 150.0)])
 def test_numbers_in_the_config_are_numbers(tmp_path, value, number):
     path = tmp_path / "config.yaml"
     path.write_text(f"mine:\n  lr: 1.0e-3  # rate\n\n  max_steps: 4  # all\nother:\n  max_steps: 3\n  lr: {value}\n")
@@ -92,6 +92,7 @@ def test_numbers_in_the_config_are_numbers(tmp_path, value, number):
 
 @pytest.mark.parametrize("args, sentence", [
     (["--lr", "fast"], "invalid float value"),
+    (["--num_workers", "-1"], "--num_workers: -1: must be 0 or more"),
     (["--max_step", "5"], "unrecognized arguments: --max_step"),
     (["--preset", "ade20k"], "invalid choice: 'ade20k'")])
 def test_bad_flags_are_refused(capsys, args, sentence):
@@ -103,16 +104,14 @@ def test_bad_flags_are_refused(capsys, args, sentence):
     (["--teacher_size", "130"], r"teacher_size 130 must be a multiple of .* 4 x 16.*nearest: 128"),
     (["--scale", "3", "--teacher_size", "144"], "scale 3 is not one of 2, 4, 8"),
     (["--k", "0"], "k 0 must be 1 or more"),
-    (["--color_jitter", "0", "0", "0", "0.6"], "color_jitter .* the hue at most 0.5"),
+    (["--crop_min", "1.5"], "crop_min 1.5 must be a share, 1 or less"),
     (["--mixed_precision", "fp16"], "mixed_precision fp16 is not one of auto, no, bf16"),
-    (["--optimizer", "sgd"], "optimizer sgd .*adam.*muon"),
-    (["--val_share", "1"], "val_share"),
     (["--data_dir", "no/such/folder"], "no such file or folder: .*no/such/folder; set --data_dir"),
     (["--backbone", "dinov9"], "unknown backbone 'dinov9'; known: .*dinov3_vitb16.*sample.*siglip2"),
     (["--out", "no/such/folder/out.pt"], "--out .*there is no folder .*no/such/folder"),
     (["--out", "out.bin"], "must end in .pt or .safetensors"),
     (["--init", "none.pt"], "there is no file none.pt"),
-    (["--resume"], "there is no checkpoint of a run in .*out.state.*--resume")])
+    (["--resume"], "there is no checkpoint of a run in .*out.state: leave out --resume")])
 def test_impossible_settings_are_one_sentence_and_write_nothing(
         in_process, photos, tmp_path, monkeypatch, args, sentence):
     monkeypatch.chdir(tmp_path)
