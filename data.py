@@ -74,19 +74,19 @@ def open_photo(file, name=None):
         return to_rgb(ImageOps.exif_transpose(image))
 
 
-def read_crop(file, size, min_side=0, rng=None, crop_min=0.5):
+def read_crop(file, size, min_side=0, rng=None, crop_min=0.0):
     """Square crop of a photo, upright, resized to `size`: (3, size, size) uint8.
 
     file: path or binary file.   min_side: a shorter short side (pixels) is refused.
-    rng: random.Random for a random crop (its side: crop_min to 1 of the short side, but no fewer pixels than `size`
-    if the photo has as many) and a random flip; None for the central crop of the whole short side.
+    rng: random.Random for a random crop and a random flip; None for the central crop of the whole short side.
+    crop_min: side of the smallest random crop, as a share of the short side; 0: `size` pixels, none is enlarged.
     Raises: DataError, with the reason but no name, if the file cannot be read or is too small.
     """
     with reading("the file"), Image.open(file) as image:
         short = min(image.size)
         if short < max(min_side, 1):
             raise DataError(f"the short side is {short} px, min_side is {min_side}")
-        smallest = max(crop_min * short, size if size <= short else 0)
+        smallest = crop_min * short or min(size, short)
         side = rng.uniform(smallest, short) if rng else short                           # of the crop, in file pixels
 
         # A JPEG is decoded at 1/2, 1/4 or 1/8 if the crop still has `size` pixels then
@@ -193,7 +193,7 @@ class Photos(Dataset):
     """
     max_skipped = 20
 
-    def __init__(self, index, ids, size, min_side=0, crop="random", crop_min=0.5, seed=42):
+    def __init__(self, index, ids, size, min_side=0, crop="random", crop_min=0.0, seed=42):
         self.index, self.ids, self.size, self.min_side = index, ids, size, min_side
         self.crop, self.crop_min, self.seed = crop, crop_min, seed
         self.skipped = {}                                                               # position: name and reason

@@ -7,10 +7,10 @@
     python probe.py --task pca --ckpt out.pt --image a.jpg photos/                  # pictures of the features
     python probe.py --task cost --backbone dinov3_vits16 dinov3_vitb16              # GFLOPs, milliseconds, memory
 
-Rows: "baseline" is the backbone, without --ckpt the only row; "BRIXEL" the checkpoint on the same image; "teacher" the
-backbone on the image at 4x the side, the ceiling. Each gets its own small readout, trained with the same seed, batches and steps on frozen
-features of the last layer. Prints a table beside the paper's numbers and, as the last line, one JSON object; writes
-out.TASK.json and out.TASK.png beside the checkpoint (--out). Settings: config.yaml, section of the task's name.
+Rows: "baseline" is the backbone, without --ckpt the only one; "BRIXEL" the checkpoint on the same image; "teacher" the
+backbone at 4x the side, the ceiling. Each gets its own small readout, trained with the same seed, batches and steps on
+frozen features of the last layer. Prints a table beside the paper's numbers and, as the last line, one JSON object;
+writes out.TASK.json and out.TASK.png beside the checkpoint (--out). Settings: config.yaml, section of the task's name.
 """
 import io
 import itertools

@@ -29,7 +29,7 @@ def read_plainly(file, size, rng):
     with Image.open(file) as image:
         full = pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB")).float() / 255
     _, H, W = full.shape
-    zoom = size / rng.uniform(max(0.5 * min(H, W), min(size, H, W)), min(H, W))
+    zoom = size / rng.uniform(min(size, H, W), min(H, W))
     sides = [max(size, round(side * zoom)) for side in (H, W)]
     full = F.interpolate(full[None], size=sides, mode="bicubic", antialias=True)[0]
     y, x = (rng.randint(0, side - size) for side in full.shape[1:])

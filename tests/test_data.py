@@ -61,11 +61,11 @@ def test_any_color_mode_becomes_rgb_and_transparency_white(mode):
         assert data.read_crop(saved(Image.new(mode, (50, 50)), "PNG"), 20).unique().tolist() == [255]
 
 
-@pytest.mark.parametrize("size, smallest", [(64, 150), (250, 250), (500, 150)])
-def test_random_crops_cover_half_to_all_of_the_short_side_but_not_too_few_pixels_and_half_are_flipped(size, smallest):
+@pytest.mark.parametrize("size, crop_min, smallest", [(64, 0.5, 150), (250, 0.5, 150), (250, 0, 250), (500, 0, 300)])
+def test_random_crops_cover_crop_min_to_all_of_the_short_side_and_half_are_flipped(size, crop_min, smallest):
     sides, flipped = [], 0
     for seed in range(60):
-        crop = data.read_crop(saved(gradient(400, 300), "PNG"), size, rng=random.Random(seed)).float()
+        crop = data.read_crop(saved(gradient(400, 300), "PNG"), size, 0, random.Random(seed), crop_min).float()
         sides.append((crop[1, -1].mean() - crop[1, 0].mean()).item() / 255 * 300)
         flipped += int(crop[0, :, 0].mean() > crop[0, :, -1].mean())
     assert smallest * 0.97 - 4 <= min(sides) < smallest + 25 and 280 < max(sides) <= 305
@@ -76,8 +76,8 @@ def test_large_jpeg_is_decoded_at_a_reduced_scale_and_gives_the_same_picture(mon
     picture, decoded = Image.fromarray(photo(np.random.default_rng(0), 900, 1200)), []
     to_rgb = data.to_rgb
     monkeypatch.setattr(data, "to_rgb", lambda crop: decoded.append(crop.width) or to_rgb(crop))
-    fast = data.read_crop(saved(picture, "JPEG", quality=95), 100, rng=random.Random(3)).float()
-    slow = data.read_crop(saved(picture, "PNG"), 100, rng=random.Random(3)).float()
+    fast = data.read_crop(saved(picture, "JPEG", quality=95), 100, 0, random.Random(3), 0.5).float()
+    slow = data.read_crop(saved(picture, "PNG"), 100, 0, random.Random(3), 0.5).float()
     assert 100 <= decoded[0] < decoded[1] / 3.5 and (fast - slow).abs().mean() < 3
 
 
