@@ -53,7 +53,7 @@ def one_sentence(what):
         yield
     except Exception as error:    # noqa: BLE001  no network, no access, a damaged file: every library has its own
         reason = re.sub(r"\x1b\[\d*m|\s+", " ", str(error)) or type(error).__name__      # one line, no colors
-        reason = reason.partition(". ")[0]         # what follows is advice, such as torch's to load unsafely
+        reason = re.sub(r"(Weights only load failed)\. .*", r"\1", reason)         # torch's advice is to load unsafely
         raise BrixelError(f"{what}: {reason[:300]}") from None
 
 
@@ -1140,7 +1140,8 @@ def load_checkpoint(accelerator, cfg, settings):
         return 0
     found = sorted(beside(cfg, ".state").glob("step_*"))
     if not found:
-        raise BrixelError(f"there is no checkpoint of a run in {beside(cfg, '.state')}: leave out --resume")
+        raise BrixelError(f"there is no checkpoint of a run in {beside(cfg, '.state')}: start anew with --overwrite "
+                          "in place of --resume")
     saved = json.loads((found[-1] / "settings.json").read_text())
     changed = [f"{key} was {saved.get(key)!r}, is {value!r}" for key, value in settings.items()
                if key not in MAY_CHANGE and saved.get(key) != value]
@@ -1198,7 +1199,8 @@ def load_config(argv, flag, default, description, path=Path(__file__).with_name(
 
     flag: "preset" or "task", the flag that names the section: of brixel.py, or of probe.py.
     Returns: argparse.Namespace of the section's keys and of `flag`.
-    Raises: BrixelError for an unknown key or a value of another type in config.yaml; exit code 2 for such a flag.
+    Raises: BrixelError for an unknown key or a value of another type in config.yaml; exit code 2 for such a flag, and
+        for a negative number.
     """
     import yaml
 

@@ -79,7 +79,7 @@ def read_crop(file, size, min_side=0, rng=None, crop_min=0.0):
 
     file: path or binary file.   min_side: a shorter short side (pixels) is refused.
     rng: random.Random for a random crop and a random flip; None for the central crop of the whole short side.
-    crop_min: side of the smallest random crop, as a share of the short side; 0: `size` pixels, none is enlarged.
+    crop_min: side of the smallest crop, as a share of the short side; 0: `size` pixels, or all of a smaller photo.
     Raises: DataError, with the reason but no name, if the file cannot be read or is too small.
     """
     with reading("the file"), Image.open(file) as image:

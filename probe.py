@@ -7,7 +7,7 @@
     python probe.py --task pca --ckpt out.pt --image a.jpg photos/                  # pictures of the features
     python probe.py --task cost --backbone dinov3_vits16 dinov3_vitb16              # GFLOPs, milliseconds, memory
 
-Rows: "baseline" is the backbone, without --ckpt the only one; "BRIXEL" the checkpoint on the same image; "teacher" the
+Rows: "baseline" is the backbone, alone without --ckpt; "BRIXEL" the checkpoint on the same image; "teacher" the
 backbone at 4x the side, the ceiling. Each gets its own small readout, trained with the same seed, batches and steps on
 frozen features of the last layer. Prints a table beside the paper's numbers and, as the last line, one JSON object;
 writes out.TASK.json and out.TASK.png beside the checkpoint (--out). Settings: config.yaml, section of the task's name.
@@ -223,20 +223,20 @@ NORMALS = {"rmse": ("RMSE ↓", 1, ".3f"), "angle_mean": ("mean ° ↓", 1, ".1f
 
 # counts: training and validation images of the full benchmark; paper: {metric: {backbone: (baseline, BRIXEL)}}, Table 1
 TASKS = {
-    "ade20k": {"reader": ADE20K, "counts": (20210, 2000), "columns": SEGMENTATION,
+    "ade20k": {"reader": lambda cfg: ADE20K, "counts": (20210, 2000), "columns": SEGMENTATION,
         "readouts": lambda cfg: [Segmentation(150)],
         "paper": {"miou": {"siglip2": (36.6, 40.8), "dinov3_vitb16": (46.7, 49.2), "pe": (34.0, 37.8)},
                   "pixel_accuracy": {"siglip2": (72.0, 76.0), "dinov3_vitb16": (80.5, 82.0), "pe": (73.3, 76.3)}}},
-    "cityscapes": {"reader": Cityscapes, "counts": (2975, 500), "columns": SEGMENTATION,
+    "cityscapes": {"reader": lambda cfg: Cityscapes, "counts": (2975, 500), "columns": SEGMENTATION,
         "readouts": lambda cfg: [Segmentation(19)],
         "paper": {"miou": {"siglip2": (44.2, 50.0), "dinov3_vitb16": (61.1, 64.4), "pe": (45.7, 52.0)},
                   "pixel_accuracy": {"siglip2": (88.1, 90.9), "dinov3_vitb16": (91.6, 93.0), "pe": (90.0, 92.4)}}},
-    "nyu": {"reader": NYU, "counts": (795, 654), "columns": DEPTH | ALIGNED,
+    "nyu": {"reader": lambda cfg: NYU, "counts": (795, 654), "columns": DEPTH | ALIGNED,
         "readouts": lambda cfg: [Depth(cfg.hidden, cfg.silog_beta)],
         # the released evaluation aligns each image before it measures (nyu.py:217-237, called with "scale_shift")
         "paper": {"rmse_aligned": {"siglip2": (0.613, 0.567), "dinov3_vitb16": (0.354, 0.346), "pe": (0.394, 0.381)}}},
-    "navi": {"reader": NAVI, "counts": (None, None), "columns": NORMALS,
-        "readouts": lambda cfg: [Depth(cfg.hidden, cfg.silog_beta), Normals(cfg.hidden)],
+    "navi": {"reader": lambda cfg: partial(NAVI, protocol=cfg.split, unit=cfg.depth), "counts": (None, None),
+        "columns": NORMALS, "readouts": lambda cfg: [Depth(cfg.hidden, cfg.silog_beta), Normals(cfg.hidden)],
         "paper": {"rmse": {"siglip2": (0.506, 0.489), "dinov3_vitb16": (0.388, 0.380), "pe": (0.469, 0.440)},
                   "angle_mean": {"siglip2": (49.4, 48.6), "dinov3_vitb16": (41.3, 39.4), "pe": (48.4, 44.9)}}},
 }
@@ -384,9 +384,8 @@ def pictures(probe, features, row, count=4):
 
 def run_row(cfg, acc, row, size, model, scale, backbone):
     """Train and score the probe of one row.  -> its metrics (of several sizes: also its cost), splits, and pictures."""
-    options = {"protocol": cfg.split, "unit": cfg.depth} if cfg.task == "navi" else {}
-    splits = [TASKS[cfg.task]["reader"](cfg.data_dir, split, size, backbone.patch_size, scale, cfg.limit, **options)
-              for split in ("train", "val")]
+    reader = TASKS[cfg.task]["reader"](cfg)
+    splits = [reader(cfg.data_dir, split, size, backbone.patch_size, scale, cfg.limit) for split in ("train", "val")]
     train = Features(splits[0], model, acc, cfg, cfg.cache_gb * 1e9, cfg.color_jitter)
     val = Features(splits[1], model, acc, cfg, cfg.cache_gb * 1e9 - train.nbytes * bool(train.kept))
     readouts = TASKS[cfg.task]["readouts"](cfg)
@@ -406,7 +405,8 @@ def run_benchmark(cfg):
     acc = Accelerator(mixed_precision=brixel.precision(cfg), cpu=torch.backends.mps.is_available())    # MPS: no float64
     if cfg.batch_size < 2 * acc.num_processes - 1:                 # so that each process has an image of every batch
         raise brixel.BrixelError(f"--batch_size {cfg.batch_size} must be at least {2 * acc.num_processes - 1}")
-    TASKS[cfg.task]["reader"](cfg.data_dir, "val", 1)              # a wrong folder is told before a backbone is fetched
+    for split in ("train", "val"):                                 # a wrong folder is told before a backbone is fetched
+        TASKS[cfg.task]["reader"](cfg)(cfg.data_dir, split, 1)
     if cfg.ckpt:
         model = brixel.load(cfg.ckpt, cfg.backbone or None, cfg.weights or None)
     else:                                                          # its adapter is random, and no row uses it
@@ -569,7 +569,7 @@ def run_pca(cfg):
             write_page(folder / f"{stem}.html", image, maps)
         saved[path] = maps["BRIXEL"][0].float().cpu().contiguous()                      # (C, h, w)
         print(f"wrote {folder / stem}.pca.png{' and .html' if cfg.html else ''}, maps of {tuple(saved[path].shape)}")
-    if cfg.save_features:
+    if cfg.save_features and saved:
         with brixel.atomic(cfg.save_features) as temporary:
             temporary.write_bytes(save(saved))
     if len(saved) < len(photos):

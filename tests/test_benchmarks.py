@@ -122,8 +122,6 @@ def test_navi_splits_and_the_copies_that_probe3d_leaves(copy):
     assert len(names("dataset", "train")) == 24 and names("dataset", "val") == wild - names("dataset", "train")
     assert names("probe3d", "val") == wild
     assert {name.split("/")[1] for name in names("probe3d", "train")} == {"multiview-00-pixel_5"}
-    with pytest.raises(data.DataError, match="unknown split 'test'; known: paper, dataset, probe3d"):
-        names("test", "val")
 
 
 def test_normals_of_a_tilted_plane_by_hand():

@@ -128,13 +128,13 @@ def test_draws_cover_every_epoch_in_a_new_order_and_go_on_wherever_a_run_is_resu
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_crop_is_a_pure_function_of_number_photo_and_seed(photos, workers):
-    dataset = data.Photos(data.PhotoIndex(photos), [0, 2, 4, 5], 64, seed=7)
+    dataset = data.Photos(data.PhotoIndex(photos), [0, 2, 4, 5], 64, crop_min=0.3, seed=7)
     loader = DataLoader(dataset, 3, sampler=data.Draws(len(dataset), 0, 6, 7), num_workers=workers)
     crops = torch.cat(list(loader))
     assert crops.shape == (6, 3, 64, 64) and crops.dtype == torch.uint8
     for n, position in data.Draws(4, 0, 6, 7):
-        photo = photos / f"{[0, 2, 4, 5][position]}.jpg"
-        assert torch.equal(crops[n], data.read_crop(photo, 64, rng=random.Random(f"7/{n}")))
+        file = photos / f"{[0, 2, 4, 5][position]}.jpg"
+        assert torch.equal(crops[n], data.read_crop(file, 64, 0, random.Random(f"7/{n}"), 0.3))
 
 
 def test_photo_that_cannot_be_used_is_named_once_another_takes_its_place_and_twenty_in_a_row_end_the_run(photos):

@@ -290,12 +290,13 @@ def test_two_processes_equal_one(benchmarks, run, task, flags):
 
 
 @pytest.mark.parametrize(("flags", "sentence"), [
-    (["--task", "navi", "--data_dir", "nowhere"], "no folder 'nowhere'; set --data_dir"),
+    (["--task", "navi", "--data_dir", "nowhere", "--backbone", "no:such"], "no folder 'nowhere'; set --data_dir"),
+    (["--task", "navi", "--data_dir", ".", "--split", "test"], "unknown split 'test'; known: paper, dataset, probe3d"),
     (["--task", "ade20k", "--batch_size", "0"], "--batch_size 0 must be at least 1"),
     (["--task", "ade20k", "--out", "no/such"], "--out no/such.ade20k: there is no folder"),
     (["--task", "pca", "--image", "a.jpg"], "needs a checkpoint")])
 def test_mistakes_are_one_sentence(flags, sentence, fresh_accelerate):
-    error = error_of(probe.main, [*flags, *TINY])
+    error = error_of(probe.main, [*TINY, *flags])
     assert error.startswith("probe.py: error: ") and sentence in error
 
 
