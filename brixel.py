@@ -1140,8 +1140,7 @@ def load_checkpoint(accelerator, cfg, settings):
         return 0
     found = sorted(beside(cfg, ".state").glob("step_*"))
     if not found:
-        raise BrixelError(f"there is no checkpoint of a run in {beside(cfg, '.state')}: start anew with --overwrite "
-                          "in place of --resume")
+        raise BrixelError(f"there is no checkpoint of a run in {beside(cfg, '.state')}: give --overwrite, not --resume")
     saved = json.loads((found[-1] / "settings.json").read_text())
     changed = [f"{key} was {saved.get(key)!r}, is {value!r}" for key, value in settings.items()
                if key not in MAY_CHANGE and saved.get(key) != value]
@@ -1199,8 +1198,7 @@ def load_config(argv, flag, default, description, path=Path(__file__).with_name(
 
     flag: "preset" or "task", the flag that names the section: of brixel.py, or of probe.py.
     Returns: argparse.Namespace of the section's keys and of `flag`.
-    Raises: BrixelError for an unknown key or a value of another type in config.yaml; exit code 2 for such a flag, and
-        for a negative number.
+    Raises: BrixelError for an unknown key or value of another type in config.yaml; exit code 2 for such a flag, or < 0.
     """
     import yaml
 

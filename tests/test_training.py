@@ -111,7 +111,7 @@ def test_bad_flags_are_refused(capsys, args, sentence):
     (["--out", "no/such/folder/out.pt"], "--out .*there is no folder .*no/such/folder"),
     (["--out", "out.bin"], "must end in .pt or .safetensors"),
     (["--init", "none.pt"], "there is no file none.pt"),
-    (["--resume"], "there is no checkpoint of a run in .*out.state: .* --overwrite")])
+    (["--resume"], "there is no checkpoint of a run in .*out.state: give --overwrite")])
 def test_impossible_settings_are_one_sentence_and_write_nothing(
         in_process, photos, tmp_path, monkeypatch, args, sentence):
     monkeypatch.chdir(tmp_path)
