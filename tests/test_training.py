@@ -106,12 +106,13 @@ def test_bad_flags_are_refused(capsys, args, sentence):
     (["--k", "0"], "k 0 must be 1 or more"),
     (["--crop_min", "1.5"], "crop_min 1.5 must be a share, 1 or less"),
     (["--mixed_precision", "fp16"], "mixed_precision fp16 is not one of auto, no, bf16"),
+    (["--val_share", "1"], "val_share"), (["--optimizer", "sgd"], "optimizer sgd .*adam.*muon"),
     (["--data_dir", "no/such/folder"], "no such file or folder: .*no/such/folder; set --data_dir"),
     (["--backbone", "dinov9"], "unknown backbone 'dinov9'; known: .*dinov3_vitb16.*sample.*siglip2"),
     (["--out", "no/such/folder/out.pt"], "--out .*there is no folder .*no/such/folder"),
     (["--out", "out.bin"], "must end in .pt or .safetensors"),
     (["--init", "none.pt"], "there is no file none.pt"),
-    (["--resume"], "there is no checkpoint of a run in .*out.state: give --overwrite")])
+    (["--resume"], "there is no checkpoint of a run in .*out.state: give --overwrite, not --resume")])
 def test_impossible_settings_are_one_sentence_and_write_nothing(
         in_process, photos, tmp_path, monkeypatch, args, sentence):
     monkeypatch.chdir(tmp_path)
