@@ -1,0 +1,40 @@
+"""tests/compare.py: the table, with an upsampler out of a hub folder that the test makes."""
+import pytest
+import torch
+from compare import main, paired
+from conftest import error_of
+
+import brixel
+
+HUB = """import torch
+def twice(): print("a hub may print"); return Bilinear()
+class Bilinear(torch.nn.Module):
+    def forward(self, image, features, output_size):
+        assert image.shape[1:] == (3, 64, 64) and features.shape[1:] == (64, 4, 4) and output_size == (16, 16)
+        return torch.nn.functional.interpolate(features, size=output_size, mode="bilinear")
+"""
+
+
+def test_paired_by_hand():
+    ours, theirs = ([{"l1": x, "cosine": x} for x in values] for values in ((1, 2, 6), (2, 2, 2)))
+    assert paired(ours, theirs, "l1") == "+1.000 ± 1.528 (1)"             # -1, 0, 4: deviation sqrt(7), by sqrt(3)
+    assert [paired(theirs, ours, "cosine"), paired(ours[:1], theirs[:1], "l1")] == ["-1.000 ± 1.528 (1)", "-1.000 (1)"]
+
+
+def test_a_bilinear_hub_equals_the_bilinear_row_and_a_checkpoint_does_not(photos, tmp_path, capsys):
+    model = brixel.Brixel(brixel.load_backbone("timm:test_vit", "none"))
+    with torch.no_grad():
+        model.upsampler.head.out.bias += 0.5                      # without it a new model is the bilinear row
+    model.save(tmp_path / "out.pt")
+    (tmp_path / "hubconf.py").write_text(HUB)
+    flags, brix = ["--photos", str(photos), "--ckpt", str(tmp_path / "out.pt")], f"BRIXEL {tmp_path / 'out.pt'}"
+    main([*flags, "--size", "64", "--hub", hub := f"{tmp_path}:twice", "--repeats", "1"])
+    lines = [[cell.strip() for cell in line[1:-1].split("|")] for line in capsys.readouterr().out.splitlines()]
+    rows = {row: cells for row, *cells in lines[2:]}
+    assert list(rows) == ["bilinear", "ViT at 80 px", "ViT at 96 px", "ViT at 128 px", brix, hub]
+    assert rows[hub][:4] + rows[hub][6:] == rows["bilinear"][:4] + rows["bilinear"][6:]        # [4:6]: milliseconds
+    bilinear, ours = (float(rows[row][0]) for row in ("bilinear", brix))
+    assert abs(bilinear - ours) > 0.05 and rows[brix][6:] == [""] * 3 and len(set(rows["ViT at 80 px"][4:6])) == 1
+    assert float(rows["bilinear"][6].split()[0]) == pytest.approx(bilinear - ours, abs=0.0011)
+    assert "--hub OWNER/REPO:NAME" in error_of(main, [*flags, "--hub", f"{tmp_path}:no"])
+    assert error_of(main, flags[:2]) == "2" and "required: --ckpt" in capsys.readouterr().err
