@@ -84,7 +84,7 @@ def table(title, found, times, first):
     for row, photos in found.items():
         means = [statistics.mean(photo[term] for photo in photos) for term in TERMS]
         differences = ["" if row == first else paired(photos, found[first], term) for term in TERMS[:3]]
-        lines.append([row, *(f"{x:.3f}" for x in means), *(f"{ms:.3g}" for ms in times[row]), *differences])
+        lines.append([row, *(f"{x:.3f}" for x in means), *(f"{ms:.1f}" for ms in times[row]), *differences])
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
