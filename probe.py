@@ -2,47 +2,48 @@
 
     python probe.py --task navi --data_dir navi_v1.0 --ckpt out.pt                  # baseline and BRIXEL
     python probe.py --task ade20k --data_dir ADEChallengeData2016 --ckpt out.pt --teacher
-    python probe.py --task cityscapes --data_dir cityscapes --ckpt out.pt --size 128 256 384 512
+    python probe.py --task cityscapes --data_dir cityscapes --ckpt out.pt --size 128 256 384 512 --seed 42 43 44
     accelerate launch --num_processes 4 --multi_gpu probe.py --task navi ...        # same result as one process
     python probe.py --task pca --ckpt out.pt --image a.jpg photos/                  # pictures of the features
     python probe.py --task cost --backbone dinov3_vits16 dinov3_vitb16              # GFLOPs, milliseconds, memory
 
 Rows: "baseline" is the backbone, alone without --ckpt; "BRIXEL" the checkpoint on the same image; "teacher" the
-backbone at 4x the side, the ceiling. Each gets its own small readout, trained with the same seed, batches and steps on
-frozen features of the last layer. Prints a table beside the paper's numbers and, as the last line, one JSON object;
-writes out.TASK.json and out.TASK.png beside the checkpoint (--out). Settings: config.yaml, section of the task's name.
+backbone at 4x the side, the ceiling. Each gets its own small readout, trained with the same seeds, batches and steps on
+frozen features of the last layer. After every row out.TASK.json and out.TASK.png are written beside the checkpoint
+(--out). Prints a table beside the paper's numbers and, as the last line, one JSON object. Settings: config.yaml.
 """
 import io
 import itertools
 import json
 import random
 import re
-import sys
-import tempfile
 import time
 from base64 import b64encode
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import tqdm
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from safetensors.torch import save
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
 import brixel
 from data import ADE20K, IGNORE, NAVI, NYU, Cityscapes, DataError, PhotoIndex, color_jitter, open_photo
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 1. Readouts: what a probe predicts.  `batch`: a dict of stacked items of data.py.  loss() gives a sum and a count, for
-#    several processes add up their counts; update() adds to .sums, which compute() divides once for a split.
+# 1. Readouts: what a probe predicts.  head(C) makes its trained part.  `batch`: a dict of stacked items of data.py.
+#    loss() gives a sum and a count, for several processes add up their counts; update() adds to .sums, which compute()
+#    divides once for a split.
 
 MIN_DEPTH, MAX_DEPTH = 0.001, 10.0      # range of the depth head and of the depth metrics
 
@@ -53,10 +54,7 @@ def conv_unit(width):
 
 
 class DPT(nn.Module):
-    """probe3d's DPT head with 1x1 convolutions, its four levels fed with the same map, as the paper uses it.
-
-    (B, C, h, w) -> (B, out_dim, h, w)
-    """
+    """probe3d's DPT head, with 1x1 convolutions and one map for its four levels.  (B, C, h, w) -> (B, out_dim, h, w)"""
     def __init__(self, in_dim, out_dim, width=512):
         super().__init__()
         self.project = nn.ModuleList(nn.Conv2d(in_dim, width, 1) for _ in range(4))     # the deepest level first
@@ -83,16 +81,13 @@ class DepthHead(DPT):
         return torch.einsum("bkhw,k->bhw", weight, depth)[:, None]
 
 
-class Segmentation:
+class Classes:
     """Semantic classes, by one 1x1 convolution.  batch["label"]: (B, H, W) uint8, class or IGNORE."""
     target = "label"
 
     def __init__(self, classes):
-        self.classes = classes
+        self.classes, self.head = classes, partial(nn.Conv2d, out_channels=classes, kernel_size=1)
         self.sums = torch.zeros(classes, classes, dtype=torch.float64)     # pixels: rows labels, columns predictions
-
-    def head(self, in_dim):
-        return nn.Conv2d(in_dim, self.classes, 1)
 
     def loss(self, pred, batch):
         """Cross-entropy: sum over labeled pixels, and their number.  pred: (B, K, H, W) logits."""
@@ -105,10 +100,7 @@ class Segmentation:
         self.sums += torch.bincount(pairs, minlength=self.classes**2).view_as(self.sums).cpu()
 
     def compute(self):
-        """mIoU over the classes that occur in labels or predictions, and pixel accuracy.
-
-        miou_absent_zero: as the released code, where classes that occur nowhere count 0 (ade20k_linear_probe.py:308).
-        """
+        """mIoU over the classes that occur, and as in ade20k_linear_probe.py:308 (others count 0); pixel accuracy."""
         hit = self.sums.diag()
         union = self.sums.sum(0) + self.sums.sum(1) - hit
         iou = hit / union.clamp_min(1)                                                  # (K,)
@@ -117,10 +109,7 @@ class Segmentation:
 
 
 def align(pred, depth, valid):
-    """`pred` after the scale and shift, per image, that fit `depth` best in least squares over the valid pixels.
-
-    All (B, 1, H, W).   Returns: float64.
-    """
+    """`pred` after the scale and shift per image that fit `depth` best over the valid pixels.  (B, 1, H, W), float64"""
     pred, depth, weight = pred.double(), depth.double(), valid.double()
     weight = weight / weight.sum((1, 2, 3), keepdim=True).clamp_min(1)
     mean_pred = (weight * pred).sum((1, 2, 3), keepdim=True)
@@ -135,18 +124,12 @@ class Depth:
     target = "depth"
     names = ("rmse", "abs_rel", "log10", "delta1", "delta2", "delta3")
 
-    def __init__(self, hidden=512, silog_beta=0.15):
-        self.hidden, self.silog_beta = hidden, silog_beta
+    def __init__(self, hidden=512, silog_beta=0.15, limits=(MIN_DEPTH, MAX_DEPTH)):    # of depths that are compared
+        self.silog_beta, self.limits, self.head = silog_beta, limits, partial(DepthHead, out_dim=256, width=hidden)
         self.sums = torch.zeros(2, 7, dtype=torch.float64)         # as predicted, aligned; `names`, number of pixels
 
-    def head(self, in_dim):
-        return DepthHead(in_dim, 256, self.hidden)
-
     def loss(self, pred, batch):
-        """SILog: mean of squares - beta * square of mean, of the log difference over an image's valid pixels.
-
-        pred: (B, 1, H, W) meters.   Returns: sum over the images with a valid pixel, their number.
-        """
+        """SILog, mean square - beta * squared mean of the log difference: sum over images with depth, their number."""
         n = batch["valid"].sum((1, 2, 3))                                               # (B,)
         diff = pred.clamp_min(1e-8).log() - batch["depth"].clamp_min(1e-8).log()
         diff = torch.where(batch["valid"], diff, 0)
@@ -156,10 +139,10 @@ class Depth:
 
     def update(self, pred, batch):
         depth, valid = batch["depth"], batch["valid"]
-        aligned = align(pred.clamp(MIN_DEPTH, MAX_DEPTH), depth, valid)
-        d = depth[valid].double().clamp(MIN_DEPTH, MAX_DEPTH)                           # (pixels,)
+        aligned = align(pred.clamp(*self.limits), depth, valid)
+        d = depth[valid].double().clamp(*self.limits)                                   # (pixels,)
         for sums, x in zip(self.sums, (pred, aligned), strict=True):
-            p = x[valid].double().clamp(MIN_DEPTH, MAX_DEPTH)
+            p = x[valid].double().clamp(*self.limits)
             ratio = torch.maximum(p / d, d / p)
             terms = [(p - d)**2, (p - d).abs() / d, ratio.log10(), ratio < 1.25, ratio < 1.25**2, ratio < 1.25**3]
             sums += torch.stack([term.double().sum() for term in [*terms, torch.ones_like(p)]]).cpu()
@@ -174,20 +157,14 @@ class Depth:
 
 
 class Normals:
-    """Surface normals, by a DPT whose output is not normalized.
-
-    batch["normal"]: (B, 3, H, W) unit vectors, x right, y down, z away; batch["normal_valid"]: (B, 1, H, W) bool.
-    """
+    """Surface normals.  batch["normal"]: (B, 3, H, W), unit, x right, y down, z away; "normal_valid": (B, 1, H, W)."""
     target = "normal"
     bin = 0.01              # degrees; the median over a split is read from a histogram, to half a bin
     limits = (11.25, 22.5, 30)
 
     def __init__(self, hidden=512):
-        self.hidden = hidden
+        self.head = partial(DPT, out_dim=3, width=hidden)          # its output is not normalized
         self.sums = torch.zeros(2 + round(180 / self.bin), dtype=torch.float64)        # the angle; its histogram
-
-    def head(self, in_dim):
-        return DPT(in_dim, 3, self.hidden)
 
     def loss(self, pred, batch):
         """Sum of 1 - cos over valid pixels, and their number.  pred: (B, 3, H, W)."""
@@ -210,8 +187,28 @@ class Normals:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 2. Tasks.  Columns of a table are {metric: (header with arrow, factor, format)}, the first is plotted
+# 2. The benchmarks: images, readouts, and what the table shows
 
+def read_split(cfg, split, size, patch_size=1, scale=1):
+    """The images of a split, "train" or "val", of the benchmark cfg.task: a Benchmark of data.py."""
+    options = {"protocol": cfg.split, "unit": cfg.depth} if cfg.task == "navi" else {}
+    images = BENCHMARKS[cfg.task]["reader"](cfg.data_dir, split, size, patch_size, scale, cfg.limit, **options)
+    if cfg.task == "ade20k":
+        images.class_of = images.class_of[:cfg.classes + 1]        # a label above is refused, as 151 always is
+    return images
+
+
+def new_readouts(cfg):
+    """What is predicted in the benchmark cfg.task, with empty sums."""
+    if cfg.task in ("ade20k", "cityscapes"):
+        return [Classes(cfg.classes if cfg.task == "ade20k" else 19)]
+    if cfg.task == "nyu":
+        return [Depth(cfg.hidden, cfg.silog_beta)]
+    limits = (0.05, 5.0) if cfg.depth == "encoded" else (MIN_DEPTH, MAX_DEPTH)          # the former: navi.py:517-518
+    return [Depth(cfg.hidden, cfg.silog_beta, limits), Normals(cfg.hidden)]
+
+
+# Columns of a table: {metric: (header with arrow, factor, format)}, the first is plotted
 SEGMENTATION = {"miou": ("mIoU % ↑", 100, ".1f"), "pixel_accuracy": ("pixel acc. % ↑", 100, ".1f"),
                 "miou_absent_zero": ("mIoU %, absent = 0", 100, ".1f")}
 DEPTH = {"rmse": ("RMSE ↓", 1, ".3f"), "abs_rel": ("AbsRel ↓", 1, ".3f"), "log10": ("log10 ↓", 1, ".3f"),
@@ -222,21 +219,17 @@ NORMALS = {"rmse": ("RMSE ↓", 1, ".3f"), "angle_mean": ("mean ° ↓", 1, ".1f
            **{f"share_{limit}": (f"< {limit}° % ↑", 100, ".1f") for limit in Normals.limits}}
 
 # counts: training and validation images of the full benchmark; paper: {metric: {backbone: (baseline, BRIXEL)}}, Table 1
-TASKS = {
-    "ade20k": {"reader": lambda cfg: ADE20K, "counts": (20210, 2000), "columns": SEGMENTATION,
-        "readouts": lambda cfg: [Segmentation(150)],
+BENCHMARKS = {
+    "ade20k": {"reader": ADE20K, "counts": (20210, 2000), "columns": SEGMENTATION,
         "paper": {"miou": {"siglip2": (36.6, 40.8), "dinov3_vitb16": (46.7, 49.2), "pe": (34.0, 37.8)},
                   "pixel_accuracy": {"siglip2": (72.0, 76.0), "dinov3_vitb16": (80.5, 82.0), "pe": (73.3, 76.3)}}},
-    "cityscapes": {"reader": lambda cfg: Cityscapes, "counts": (2975, 500), "columns": SEGMENTATION,
-        "readouts": lambda cfg: [Segmentation(19)],
+    "cityscapes": {"reader": Cityscapes, "counts": (2975, 500), "columns": SEGMENTATION,
         "paper": {"miou": {"siglip2": (44.2, 50.0), "dinov3_vitb16": (61.1, 64.4), "pe": (45.7, 52.0)},
                   "pixel_accuracy": {"siglip2": (88.1, 90.9), "dinov3_vitb16": (91.6, 93.0), "pe": (90.0, 92.4)}}},
-    "nyu": {"reader": lambda cfg: NYU, "counts": (795, 654), "columns": DEPTH | ALIGNED,
-        "readouts": lambda cfg: [Depth(cfg.hidden, cfg.silog_beta)],
+    "nyu": {"reader": NYU, "counts": (795, 654), "columns": DEPTH | ALIGNED,
         # the released evaluation aligns each image before it measures (nyu.py:217-237, called with "scale_shift")
         "paper": {"rmse_aligned": {"siglip2": (0.613, 0.567), "dinov3_vitb16": (0.354, 0.346), "pe": (0.394, 0.381)}}},
-    "navi": {"reader": lambda cfg: partial(NAVI, protocol=cfg.split, unit=cfg.depth), "counts": (None, None),
-        "columns": NORMALS, "readouts": lambda cfg: [Depth(cfg.hidden, cfg.silog_beta), Normals(cfg.hidden)],
+    "navi": {"reader": NAVI, "counts": (None, None), "columns": NORMALS,
         "paper": {"rmse": {"siglip2": (0.506, 0.489), "dinov3_vitb16": (0.388, 0.380), "pe": (0.469, 0.440)},
                   "angle_mean": {"siglip2": (49.4, 48.6), "dinov3_vitb16": (41.3, 39.4), "pe": (48.4, 44.9)}}},
 }
@@ -245,38 +238,51 @@ TASKS = {
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. Frozen features, and the probe that is trained and scored on them
 
+class SameShape(Dataset):
+    """The images of a split.  One whose shape is not that of the first fits into no batch, and is an error."""
+    def __init__(self, images):
+        self.images, self.shapes = images, {key: value.shape for key, value in images[0].items()}
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        item = self.images[i]
+        if any(value.shape != self.shapes[key] for key, value in item.items()):
+            raise DataError(f"{self.images.samples[i]} has another aspect than the first image (--data_dir)")
+        return item
+
+
 class Features:
-    """Frozen features of one split with their targets.  model: a backbone or a Brixel.
+    """Frozen features of the images of one split, with their targets.  model: a backbone or a Brixel.
 
     Each process computes a share and gives it to the others. All are kept if they take at most `room` bytes, else they
     are computed anew in every epoch. With color jitter (strengths as in data.color_jitter), which changes them in every
-    epoch, the images are kept instead. Every file is read once here: a broken one ends the run before a probe trains.
+    epoch, the images are kept instead. A broken file ends the run when it is met: if all are kept, before any training.
     """
-    def __init__(self, split, model, acc, cfg, room, jitter=(0,)):
-        self.split, self.model, self.acc, self.cfg = split, model, acc, cfg
+    def __init__(self, images, model, acc, cfg, room, jitter=(0,)):
+        self.images, self.model, self.acc, self.cfg = SameShape(images), model, acc, cfg
         self.jitter = jitter if any(jitter) else None
-        self.dtype = torch.bfloat16 if acc.device.type == "cuda" else torch.float16
-        first = self.prepare(default_collate([split[0]]))
-        self.nbytes = len(split) * sum(value.nbytes for value in first.values())
-        self.kept = {key: value.new_empty(len(split), *value.shape[1:])
+        first = self.prepare(default_collate([self.images[0]]))
+        self.nbytes = len(images) * sum(value.nbytes for value in first.values())
+        self.kept = {key: value.new_empty(len(images), *value.shape[1:])
                      for key, value in first.items()} if self.nbytes <= room else None
-        loader = DataLoader(split, max(1, cfg.batch_size // acc.num_processes), num_workers=cfg.num_workers)
+        loader = DataLoader(self.images, max(1, cfg.batch_size // acc.num_processes), num_workers=cfg.num_workers)
         start = 0
-        for batch in tqdm(acc.prepare(loader), desc=f"reading {split.split}", leave=False):
-            if self.kept:
-                batch = acc.gather_for_metrics(self.prepare(batch))                     # of all processes, in order
-                for key, value in batch.items():
-                    self.kept[key][start:start + len(value)] = value
-                start += len(value)
-        acc.print(f"  {len(split)} {split.split} images, {self.nbytes / 1e9:.2g} GB, "
-                  f"{'kept in memory' if self.kept else 'read anew in every epoch (--cache_gb)'}")
+        for batch in tqdm(acc.prepare(loader), desc=f"reading {images.split}", leave=False) if self.kept else ():
+            batch = acc.gather_for_metrics(self.prepare(batch))                         # of all processes, in order
+            for key, value in batch.items():
+                self.kept[key][start:start + len(value)] = value
+            start += len(value)
+        acc.print(f"  {len(images)} {images.split} images, {self.nbytes / 1e9:.2g} GB, "
+                  f"{'kept in memory' if self.kept else 'computed anew in every epoch (--cache_gb)'}")
 
     @torch.no_grad()
     def extract(self, images):
-        """(B, 3, H, W) uint8 -> (B, C, h, w), in the type in which they are kept, whether they are or not."""
+        """(B, 3, H, W) uint8 -> (B, C, h, w) float16, as they are kept, whether they are or not."""
         backbone = getattr(self.model, "backbone", self.model)
-        with self.acc.autocast():
-            return self.model(brixel.normalize(images, backbone)).to(self.dtype)
+        with torch.autocast(self.acc.device.type, torch.bfloat16, enabled=self.cfg.mixed_precision == "bf16"):
+            return self.model(brixel.normalize(images, backbone)).half()
 
     def prepare(self, batch):
         """A batch of the split on the device; unless there is color jitter, with "features" in place of "image"."""
@@ -285,22 +291,23 @@ class Features:
             batch["features"] = self.extract(batch.pop("image"))
         return batch
 
-    def batches(self, order, epoch=0):
+    def batches(self, order, epoch=0, seed=0):
         """This process's part of each batch of the images `order`: dicts of "features" (B, C, h, w) and the targets.
 
         The images are spread evenly over as few batches as cfg.batch_size allows: none is much smaller than the others.
+        epoch, seed: of the color jitter.
         """
-        rank, world = self.acc.process_index, self.acc.num_processes
         whole = order.tensor_split(-(-len(order) // self.cfg.batch_size))
-        parts = [batch[rank::world] for batch in whole if len(batch) > rank]
+        parts = [batch[self.acc.process_index::self.acc.num_processes] for batch in whole]
         if self.kept:
             batches = ({key: value[part] for key, value in self.kept.items()} for part in parts)
         else:
             numbers = [part.tolist() for part in parts]
-            batches = map(self.prepare, DataLoader(self.split, batch_sampler=numbers, num_workers=self.cfg.num_workers))
+            loader = DataLoader(self.images, batch_sampler=numbers, num_workers=self.cfg.num_workers)
+            batches = map(self.prepare, loader)
         for part, batch in zip(parts, batches, strict=True):
             if self.jitter:
-                rngs = [random.Random(f"{self.cfg.seed} {epoch} {i}") for i in part.tolist()]
+                rngs = [random.Random(f"{seed} {epoch} {i}") for i in part.tolist()]
                 images = map(color_jitter, batch["image"], itertools.repeat(self.jitter), rngs)
                 batch["features"] = self.extract(torch.stack(list(images)))
             yield batch
@@ -309,46 +316,49 @@ class Features:
 class Probe(nn.ModuleDict):
     """{target: head}.  A batch of Features -> {target: (B, K, H, W) float32}, H x W the target's size."""
     def forward(self, batch):
-        outputs = {}
-        for target, head in self.items():
-            output = head(batch["features"].float()).float()                            # (B, K, h, w), of the features
-            outputs[target] = F.interpolate(output, size=tuple(batch[target].shape[-2:]), mode="bilinear")
-        return outputs
+        outputs = {target: head(batch["features"].float()) for target, head in self.items()}    # (B, K, h, w)
+        return {target: F.interpolate(output, size=tuple(batch[target].shape[-2:]), mode="bilinear")
+                for target, output in outputs.items()}
 
 
-def fit(readouts, features, embed_dim, cfg, acc):
-    """A probe trained on frozen features; its first weights, batches and steps depend on nothing but cfg."""
-    torch.manual_seed(cfg.seed)
+def fit(readouts, features, embed_dim, cfg, acc, seed):
+    """A probe trained on frozen features; its first weights, batches and steps depend on nothing but cfg and seed."""
+    torch.manual_seed(seed)
     probe = Probe({readout.target: readout.head(embed_dim) for readout in readouts})
     optimizer = torch.optim.AdamW(probe.parameters(), cfg.lr, weight_decay=cfg.weight_decay)
     probe, optimizer = acc.prepare(probe, optimizer)
     for epoch in tqdm(range(cfg.epochs), desc="training the probe", unit="epoch", leave=False):
-        order = torch.randperm(len(features.split), generator=torch.Generator().manual_seed(cfg.seed + epoch))
-        for batch in features.batches(order, epoch):
+        order = torch.randperm(len(features.images), generator=torch.Generator().manual_seed(seed + epoch))
+        counts = torch.zeros(len(readouts), device=acc.device)
+        for batch in features.batches(order, epoch, seed):
             outputs = probe(batch)
-            loss = 0
-            for readout in readouts:
-                total, count = readout.loss(outputs[readout.target], batch)
-                # divided by the count of all processes; times their number, as gradients are averaged over them
-                loss = loss + total / acc.reduce(count).clamp_min(1) * acc.num_processes
+            totals, count = zip(*(readout.loss(outputs[readout.target], batch) for readout in readouts), strict=True)
+            count = acc.reduce(torch.stack(count))                                      # (readouts,)
+            counts += count
+            # divided by the count of all processes; times their number, as gradients are averaged over them
+            loss = (torch.stack(totals) / count.clamp_min(1)).sum() * acc.num_processes
             if not loss.isfinite():
                 raise brixel.BrixelError(f"the loss is {loss.item()} in epoch {epoch + 1}; try a smaller --lr")
             optimizer.zero_grad()
             acc.backward(loss)
             optimizer.step()
+        if not counts.all():
+            raise DataError(f"no pixel of {len(order)} train images has a valid target (--data_dir, --limit)")
     return acc.unwrap_model(probe).eval()
 
 
 @torch.no_grad()
 def score(probe, readouts, features, acc):
     """Metrics over the whole split, by name; the processes' sums are added up before anything is divided."""
-    for batch in features.batches(torch.arange(len(features.split))):
+    for batch in features.batches(torch.arange(len(features.images))):
         outputs = probe(batch)
         for readout in readouts:
             readout.update(outputs[readout.target], batch)
     metrics = {}
     for readout in readouts:
         readout.sums = acc.reduce(readout.sums.to(acc.device)).cpu()
+        if not readout.sums.any():
+            raise DataError(f"no pixel of {len(features.images)} val images has a valid {readout.target} (--data_dir)")
         metrics |= readout.compute()
     return metrics
 
@@ -359,8 +369,8 @@ def paint(target, pred, batch):
     if target == "label":                                          # neighboring classes differ in hue
         valid = true != IGNORE
         pair = [colormaps["hsv"](x.cpu().numpy() * 0.618 % 1)[..., :3] for x in (true, pred.argmax(1))]
-    elif target == "depth":                                        # near is yellow, far dark blue
-        valid, far = batch["valid"][:, 0], true.max().clamp_min(MIN_DEPTH)
+    elif target == "depth":                                        # near is yellow, far dark blue; of codes, reversed
+        valid, far = batch["valid"][:, 0], (true * batch["valid"]).max().clamp_min(MIN_DEPTH)
         pair = [colormaps["viridis_r"]((x[:, 0] / far).cpu().numpy())[..., :3] for x in (true, pred)]
     else:                                                          # the usual colors: light blue faces the camera
         valid, flip = batch["normal_valid"][:, 0], pred.new_tensor([-1, 1, 1]).view(3, 1, 1)
@@ -369,86 +379,100 @@ def paint(target, pred, batch):
 
 
 @torch.no_grad()
-def pictures(probe, features, row, count=4):
-    """{"image", "true TARGET", "ROW TARGET": list of (h, w, 3) uint8} of some images of the split."""
-    items = [features.split[i] for i in sorted({i * len(features.split) // count for i in range(count)})]
+def pictures(probe, features, count=4):
+    """{"image", "true TARGET", "predicted TARGET": list of (h, w, 3) uint8} of some images of the split."""
+    items = [features.images[i] for i in sorted({i * len(features.images) // count for i in range(count)})]
     shown = {"image": [item["image"].permute(1, 2, 0).numpy() for item in items]}
     batch = features.prepare(default_collate(items))
     for target, pred in probe(batch).items():
-        shown[f"true {target}"], shown[f"{row} {target}"] = paint(target, pred, batch)
+        shown[f"true {target}"], shown[f"predicted {target}"] = paint(target, pred, batch)
     return shown
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. A benchmark: rows, table, files
 
-def run_row(cfg, acc, row, size, model, scale, backbone):
-    """Train and score the probe of one row.  -> its metrics (of several sizes: also its cost), splits, and pictures."""
-    reader = TASKS[cfg.task]["reader"](cfg)
-    splits = [reader(cfg.data_dir, split, size, backbone.patch_size, scale, cfg.limit) for split in ("train", "val")]
-    train = Features(splits[0], model, acc, cfg, cfg.cache_gb * 1e9, cfg.color_jitter)
-    val = Features(splits[1], model, acc, cfg, cfg.cache_gb * 1e9 - train.nbytes * bool(train.kept))
-    readouts = TASKS[cfg.task]["readouts"](cfg)
-    probe = fit(readouts, train, backbone.embed_dim, cfg, acc)
-    record = score(probe, readouts, val, acc)
+def run_row(cfg, acc, size, model, scale, backbone):
+    """Train and score a probe per seed.  -> means (and METRIC_std, and of several sizes the cost), splits, pictures."""
+    acc.free_memory()                                              # what the row before has left
+    on_gpu = acc.device.type == "cuda"
+    free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available / acc.num_processes
+    room = torch.tensor([min(free / 2, cfg.cache_gb * 1e9 or free)], device=acc.device)
+    room = acc.gather(room).min().item()                           # processes keep the same
+    splits = [read_split(cfg, split, size, backbone.patch_size, scale) for split in ("train", "val")]
+    train = Features(splits[0], model, acc, cfg, room, cfg.color_jitter)
+    val = Features(splits[1], model, acc, cfg, room - train.nbytes * bool(train.kept))
+    scores = []
+    for seed in cfg.seed:
+        readouts = new_readouts(cfg)
+        probe = fit(readouts, train, backbone.embed_dim, cfg, acc, seed)
+        scores.append(score(probe, readouts, val, acc))
+    record = {name: np.mean([metrics[name] for metrics in scores]).item() for name in scores[0]}
+    if len(scores) > 1:
+        record |= {f"{name}_std": np.std([metrics[name] for metrics in scores], ddof=1).item() for name in scores[0]}
     if len(cfg.size) > 1:
         call = partial(val.extract, splits[1][0]["image"][None].to(acc.device))
         record["gflops"], (record["ms"],) = gflops(call), milliseconds([call], repeats=5)
-    return record, splits, pictures(probe, val, row)
+    return record, splits, pictures(probe, val)
 
 
 def run_benchmark(cfg):
-    """Train and score the probes of one task; print the table and the JSON line, write the files."""
+    """Train and score the probes of one task; a row that is finished is in the files, whatever ends the next one."""
     out = cfg.out or (cfg.ckpt if Path(cfg.ckpt).is_file() else "out")
     stem = re.sub(r"\.(pt|pth|safetensors)$", "", out) + f".{cfg.task}"
     brixel.check_writable(stem)
-    acc = Accelerator(mixed_precision=brixel.precision(cfg), cpu=torch.backends.mps.is_available())    # MPS: no float64
-    if cfg.batch_size < 2 * acc.num_processes - 1:                 # so that each process has an image of every batch
-        raise brixel.BrixelError(f"--batch_size {cfg.batch_size} must be at least {2 * acc.num_processes - 1}")
+    if min(cfg.size) < 1 or len(cfg.color_jitter) != 4 or cfg.color_jitter[3] > 0.5:
+        raise DataError("--size must be 1 or more, --color_jitter four numbers, the last, of the hue, at most 0.5")
+    # the readout trains in float32: mixed precision is the affair of Features alone; MPS has no float64
+    acc = Accelerator(mixed_precision="no", cpu=torch.backends.mps.is_available())
     for split in ("train", "val"):                                 # a wrong folder is told before a backbone is fetched
-        TASKS[cfg.task]["reader"](cfg)(cfg.data_dir, split, 1)
+        if min(len(read_split(cfg, split, 1)), (cfg.batch_size + 1) // 2) < acc.num_processes:
+            raise DataError(f"too few {split} images for {acc.num_processes} processes (--limit, --batch_size)")
     if cfg.ckpt:
         model = brixel.load(cfg.ckpt, cfg.backbone or None, cfg.weights or None)
     else:                                                          # its adapter is random, and no row uses it
         model = brixel.Brixel(brixel.load_backbone(cfg.backbone or "dinov3", cfg.weights or "pretrained"))
     backbone = model.to(acc.device).backbone
     rows = {"baseline": (backbone, 1)}                             # row: (network, factor on the image's side)
-    if cfg.ckpt:
-        rows["BRIXEL"] = model, 1
-    if cfg.teacher:
-        rows["teacher"] = backbone, model.scale
+    rows |= {"BRIXEL": (model, 1)} if cfg.ckpt else {}
+    rows |= {"teacher": (backbone, model.scale)} if cfg.teacher else {}
     records, shown = [], {}
     for size, (row, (network, scale)) in itertools.product(cfg.size, rows.items()):
         acc.print(f"{row}, {size} pixels")
-        record, splits, panels = run_row(cfg, acc, row, size, network, scale, backbone)
+        record, splits, panels = run_row(cfg, acc, size, network, scale, backbone)
         records.append({"row": row, "size": size, **record})
-        shown |= panels                                            # of several sizes the last one is shown
-    result = {"task": cfg.task, "backbone": backbone.name, "ckpt": cfg.ckpt, "rows": records,
-              "n_train": len(splits[0]), "n_val": len(splits[1]), "seed": cfg.seed,
-              "processes": acc.num_processes, "precision": acc.mixed_precision,
-              "deviations": deviations(cfg, splits, backbone), "settings": vars(cfg)}
+        shown |= {key.replace("predicted", row): value for key, value in panels.items()}       # of the last size
+        result = {"task": cfg.task, "backbone": backbone.name, "ckpt": cfg.ckpt, "rows": records,
+                  "n_train": len(splits[0]), "n_val": len(splits[1]), "seed": cfg.seed,
+                  "processes": acc.num_processes, "precision": cfg.mixed_precision,
+                  "deviations": deviations(cfg, splits, backbone), "settings": vars(cfg)}
+        if acc.is_main_process:
+            with brixel.atomic(f"{stem}.json") as temporary:
+                temporary.write_text(json.dumps(result, indent=1, allow_nan=False))
+            brixel.write_panel(f"{stem}.png", list(shown), list(zip(*shown.values(), strict=True)))
+            if len(cfg.size) > 1:
+                write_plot(f"{stem}.size.png", cfg.task, records)
+        acc.print(f"{row} at {size} pixels, in {stem}.json and {stem}.png:", record)
     if acc.is_main_process:
-        write_results(result, shown, stem)
+        print_table(table(result))
+        print("differs from the paper's protocol:", "; ".join(result["deviations"]) or "nothing")
+        print(json.dumps(result, allow_nan=False))
 
 
 def deviations(cfg, splits, backbone):
-    """How a run differs from the paper's protocol: settings, as flags, and what no flag shows, in a sentence each.
-
-    splits: training and validation images of the last row, which is the teacher's if there is one.
-    """
+    """How a run differs from the paper's protocol, in sentences.  splits: train and val images of the last row."""
     protocol = vars(brixel.load_config(["--task", cfg.task], "task", "pca", __doc__))
     free = {"backbone", "weights", "ckpt", "data_dir", "teacher", "out", "cache_gb", "num_workers"}
     notes = [f"--{key} {' '.join(map(str, value)) if isinstance(value, list) else value}"
              for key, value in vars(cfg).items() if key not in free and value != protocol[key]]
-    notes += [f"{len(split)} {split.split} images instead of {full}"
-              for split, full in zip(splits, TASKS[cfg.task]["counts"], strict=True) if full not in (None, len(split))]
+    notes += [f"{len(images)} {images.split} images instead of {full}"
+              for images, full in zip(splits, BENCHMARKS[cfg.task]["counts"], strict=True)
+              if full not in (None, len(images))]
     if any(size % backbone.patch_size for size in cfg.size):
         notes.append(f"images are rounded to multiples of the patch size {backbone.patch_size}, labels are not")
     photo, _ = splits[1].read(splits[1].samples[0])
     if min(photo.size) < splits[1].scale * max(cfg.size):
         notes.append(f"photos are enlarged (the first has {photo.width} x {photo.height} pixels)")
-    if cfg.task == "navi" and cfg.depth == "metric":
-        notes.append("RMSE in meters, the paper's is in PNG codes / 1000 (--depth encoded)")
     return notes
 
 
@@ -459,46 +483,44 @@ def print_table(rows):
         print(first.ljust(widths[0]), *map(str.rjust, others, widths[1:]), sep="  ")
 
 
-def table(task, records, backbone):
+def table(result):
     """Cells of the table: a header, a row per record, then the paper's two for that backbone."""
-    columns, paper = TASKS[task]["columns"], TASKS[task]["paper"]
+    columns, paper = (BENCHMARKS[result["task"]][key] for key in ("columns", "paper"))
     rows = [["", "size", *(header for header, _, _ in columns.values())]]
-    for record in records:
+    for record in result["rows"]:
         cells = [format(record[name] * factor, digits) for name, (_, factor, digits) in columns.items()]
         rows.append([record["row"], str(record["size"]), *cells])
+    if result["settings"].get("depth") == "metric":                # the paper's RMSE has another unit
+        paper = paper | {"rmse": {}}
     for i, row in enumerate(("baseline", "BRIXEL")):
-        numbers = {name: str(values[backbone][i]) for name, values in paper.items() if backbone in values}
-        if numbers:
-            rows.append([f"paper, {row}", "", *(numbers.get(name, "") for name in columns)])
+        numbers = [paper.get(name, {}).get(result["backbone"], ("", ""))[i] for name in columns]
+        if any(numbers):
+            rows.append([f"paper, {row}", "", *map(str, numbers)])
     return rows
 
 
-def write_results(result, shown, stem):
-    """Print table, deviations and JSON; write STEM.json, STEM.png and, for several sizes, STEM.size.png."""
-    print_table(table(result["task"], result["rows"], result["backbone"]))
-    print("differs from the paper's protocol:", "; ".join(result["deviations"]) or "nothing")
-    with brixel.atomic(f"{stem}.json") as temporary:
-        temporary.write_text(json.dumps(result, indent=1))
-    brixel.write_panel(f"{stem}.png", list(shown), list(zip(*shown.values(), strict=True)))
-    if len(result["settings"]["size"]) > 1:
-        write_plot(f"{stem}.size.png", result["task"], result["rows"])
-    print(json.dumps(result))
-
-
 def write_plot(path, task, records):
-    """The first metric against input size, GFLOPs and milliseconds, a line per row."""
-    metric, (header, factor, _) = next(iter(TASKS[task]["columns"].items()))
-    labels = {"size": "input size, pixels", "gflops": "GFLOPs per image", "ms": "ms per image"}
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    """The first metric against size, GFLOPs and milliseconds, a line per row; bars: standard deviation of the seeds."""
+    metric, (header, factor, _) = next(iter(BENCHMARKS[task]["columns"].items()))
+    colors = {"baseline": "dimgray", "BRIXEL": "tab:red", "teacher": "tab:blue"}
+    labels = {"size": "size, pixels", "gflops": "GFLOPs per image", "ms": "milliseconds per image"}
+    figure = Figure(figsize=(11, 4), dpi=200, layout="constrained")
     for axis, (key, label) in zip(figure.subplots(1, 3, sharey=True), labels.items(), strict=True):
         for row in dict.fromkeys(record["row"] for record in records):
-            points = [(record[key], record[metric] * factor) for record in records if record["row"] == row]
-            axis.plot(*zip(*points, strict=True), "o-", label=row)
+            chosen = [record for record in records if record["row"] == row]
+            x, y = [record[key] for record in chosen], [record[metric] * factor for record in chosen]
+            bars = [record.get(f"{metric}_std", 0) * factor for record in chosen]
+            axis.errorbar(x, y, bars, fmt="o-", capsize=3, color=colors[row], label=row)
+            for record, *point in zip(chosen, x, y, strict=True):
+                axis.annotate(record["size"], point, (5, -11), textcoords="offset points", color=colors[row])
         axis.set(xlabel=label, ylabel=header, xscale="log")
+        axis.xaxis.set(major_locator=LogLocator(subs=(1, 2, 3, 5)), major_formatter="{x:g}")
+        axis.minorticks_off()
+        axis.label_outer()
         axis.grid(alpha=0.3)
-    axis.legend()
+    figure.axes[0].legend()
     with brixel.atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+        figure.savefig(temporary, format="png")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -537,43 +559,48 @@ def write_page(path, photo, maps):
 
 @torch.no_grad()
 def run_pca(cfg):
-    """For each photo of --image: PHOTO.pca.png with its features as colors, all in one basis (the last column's)."""
+    """PHOTO.pca.png of each photo of --image: its features as colors, in the last column's basis.  Names what fails."""
     if not cfg.ckpt or not cfg.image[0]:
         raise brixel.BrixelError("--task pca needs a checkpoint (--ckpt out.pt) and photos (--image a.jpg folder)")
-    folder, saved = Path(cfg.out or "."), {}
+    folder, taken, saved, failed = Path(cfg.out or "."), set(), {}, []
     brixel.check_writable(folder / "PHOTO.pca.png")
     if cfg.save_features:
         brixel.check_writable(cfg.save_features, "--save_features")
     model = brixel.load(cfg.ckpt, cfg.backbone or None, cfg.weights or None)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     indices = [PhotoIndex(image, flag="--image") for image in cfg.image]
-    photos = [(index.name(i), index, i) for index in indices for i in range(len(index))]
-    stems = [Path(name.replace(".tar at byte ", "_")).stem for name, *_ in photos]
-    if len(set(stems)) < len(stems):
-        raise brixel.BrixelError(f"two photos of --image would become {max(stems, key=stems.count)}.pca.png")
-    for stem, (path, index, i) in zip(stems, photos, strict=True):
+    print(*(note + "\n" for index in indices for note in index.notes), sep="", end="")
+    photos = [(index, i) for index in indices for i in range(len(index))]
+    for number, (index, i) in enumerate(photos):
+        path = index.name(i)
+        stem = Path(path.replace(".tar at byte ", "_")).stem
+        stem += f"_{number}" * (stem.lower() in taken)             # of two photos with one name
+        taken.add(stem.lower())
         try:
-            image = open_photo(index.open(i), path)
-        except DataError as error:                 # named now, and counted when the others are done
-            print(f"skipped {error}")
-            continue
-        x = model.preprocess(image, cfg.size)
-        layers = model.backbone.layers(x)
-        maps = {"ViT": layers[-1], "bilinear": F.interpolate(layers[-1], scale_factor=model.scale, mode="bilinear"),
-                "BRIXEL": model.upsampler(x, layers)}
-        if cfg.teacher:
-            maps["teacher"] = model.backbone(model.preprocess(image, [model.scale * side for side in x.shape[2:]]))
-        row = [np.asarray(image), *brixel.pca_rgb(*maps.values())]
-        brixel.write_panel(folder / f"{stem}.pca.png", ["photo", *maps], [row])
-        if cfg.html:
-            write_page(folder / f"{stem}.html", image, maps)
-        saved[path] = maps["BRIXEL"][0].float().cpu().contiguous()                      # (C, h, w)
-        print(f"wrote {folder / stem}.pca.png{' and .html' if cfg.html else ''}, maps of {tuple(saved[path].shape)}")
-    if cfg.save_features and saved:
+            image = open_photo(index.open(i), "the photo")
+            x = model.preprocess(image, cfg.size)
+            layers = model.backbone.layers(x)
+            maps = {"ViT": layers[-1], "bilinear": F.interpolate(layers[-1], scale_factor=model.scale, mode="bilinear"),
+                    "BRIXEL": model.upsampler(x, layers)}
+            if cfg.teacher:
+                maps["teacher"] = model.backbone(model.preprocess(image, [model.scale * side for side in x.shape[2:]]))
+            row = [np.asarray(image), *brixel.pca_rgb(*maps.values())]
+            brixel.write_panel(folder / f"{stem}.pca.png", ["photo", *maps], [row])
+            if cfg.html:
+                write_page(folder / f"{stem}.html", image, maps)
+            if cfg.save_features:
+                saved[path] = maps["BRIXEL"][0].float().cpu().contiguous()              # (C, h, w)
+        except Exception as error:    # noqa: BLE001  whatever is wrong with this one, the others go on
+            print(f"skipped {path}: {str(error) or type(error).__name__}")
+            failed.append(error)
+        else:
+            shape = tuple(maps["BRIXEL"].shape[1:])
+            print(f"wrote {folder / stem}.pca.png{' and .html' if cfg.html else ''}, maps of {shape}")
+    if saved:
         with brixel.atomic(cfg.save_features) as temporary:
             temporary.write_bytes(save(saved))
-    if len(saved) < len(photos):
-        raise DataError(f"{len(photos) - len(saved)} of {len(photos)} photos were skipped, see above (--image)")
+    if failed:
+        raise DataError(f"{len(failed)} of {len(photos)} photos were skipped, see above (--image)") from failed[-1]
 
 
 def gflops(call):
@@ -597,73 +624,45 @@ def milliseconds(calls, repeats):
     return [sorted(record[2:])[repeats // 2] for record in times]
 
 
-def onnx_call(model, image):
-    """A call of the model in ONNX Runtime, on the CPU."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()                         # its threads shall not spin while others are timed
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    with tempfile.TemporaryDirectory() as folder:
-        model.export_onnx(Path(folder, "brixel.onnx"), tuple(image.shape[2:]))
-        session = onnxruntime.InferenceSession(Path(folder, "brixel.onnx"), options)
-    return partial(session.run, None, {"image": image.cpu().numpy()})
-
-
 @torch.no_grad()
 def run_cost(cfg):
-    """Table and JSON line: what the baseline, BRIXEL and the teacher cost, with random weights.
-
-    For each backbone, side of the student's image and number of images at a time; all figures are of the whole batch.
-    """
+    """Table and JSON line: what the baseline, BRIXEL and the teacher cost, with random weights, for a whole batch."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     machine = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    half, records = brixel.precision(cfg) == "bf16", []
+    half, records = cfg.mixed_precision == "bf16", []
     for name, side, batch in itertools.product(cfg.backbone, cfg.size, cfg.batch_size):
         model = brixel.Brixel(brixel.load_backbone(name, None)).eval().to(device)
         side = side or 16 * model.backbone.patch_size              # 256 pixels for patch 16, 224 for patch 14
         image, large = (torch.randn(batch, 3, n, n, device=device) for n in (side, model.scale * side))
         cases = {"baseline": (model.backbone, image), "BRIXEL": (model, image), "teacher": (model.backbone, large)}
-        timed = [(row, "ms", partial(*case)) for row, case in cases.items()]
         if cfg.compile:
-            timed.append(("BRIXEL", "ms_compiled", partial(torch.compile(model), image)))
-        if cfg.onnx:
-            timed.append(("BRIXEL", "ms_onnx", onnx_call(model, image)))
-        rows = {}
+            cases["BRIXEL, compiled"] = torch.compile(model), image
         with torch.autocast(device, torch.bfloat16, enabled=half, cache_enabled=False):
-            for row, (module, x) in cases.items():
-                rows[row] = {"backbone": name, "row": row, "size": x.shape[-1], "batch": batch,
-                             "params_M": sum(p.numel() for p in module.parameters()) / 1e6,
-                             "gflops": gflops(partial(module, x))}
+            times = milliseconds([partial(*case) for case in cases.values()], cfg.repeats)
+            for (row, (module, x)), ms in zip(cases.items(), times, strict=True):
+                plain = model if row == "BRIXEL, compiled" else module     # FLOPs cannot be counted in a compiled one
+                records.append({"backbone": name, "row": row, "size": x.shape[-1], "batch": batch,
+                                "params_M": sum(p.numel() for p in plain.parameters()) / 1e6,
+                                "gflops": gflops(partial(plain, x)), "ms": ms})
                 if device == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                     before = torch.cuda.memory_allocated()         # weights and images
                     module(x)
-                    rows[row]["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-            times = milliseconds([call for _, _, call in timed], cfg.repeats)
-        for (row, column, _), ms in zip(timed, times, strict=True):
-            rows[row][column] = ms
-        records += rows.values()
-    columns = list(dict.fromkeys(key for record in records for key in record))
-    cells = [columns]
-    for record in records:
-        values = [record.get(key, "") for key in columns]
-        cells.append([f"{value:.3g}" if isinstance(value, float) else str(value) for value in values])
-    print_table(cells)
+                    records[-1]["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    cells = [[f"{x:.3g}" if isinstance(x, float) else str(x) for x in record.values()] for record in records]
+    print_table([list(records[0]), *cells])
     print(json.dumps({"task": "cost", "device": machine, "torch": torch.__version__, "rows": records,
-                      "settings": vars(cfg)}))
+                      "settings": vars(cfg)}, allow_nan=False))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. Command line
 
 def main(argv=None):
-    try:
+    def run():
         cfg = brixel.load_config(argv, "task", "pca", __doc__)
         {"pca": run_pca, "cost": run_cost}.get(cfg.task, run_benchmark)(cfg)
-    except (brixel.BrixelError, DataError, OSError) as error:
-        sys.exit(f"probe.py: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("probe.py: stopped")
+    brixel.command("probe.py", run)
 
 
 if __name__ == "__main__":
