@@ -798,8 +798,9 @@ def train(cfg):
     samples = range(step * samples_per_step, cfg.max_steps * samples_per_step)
     loader, held_out = data.make_loaders(cfg, index, train_ids, val_ids, samples, accelerator)
     next(iter(held_out), None)                     # if no held-out photo can be used, the run ends now, not at its end
-    if not cfg.resume:
-        remove_old_run(cfg, accelerator)
+    if accelerator.is_main_process and not cfg.resume:            # what an earlier run left: --overwrite asks for it
+        beside(cfg, ".jsonl").unlink(missing_ok=True)
+        shutil.rmtree(beside(cfg, ".state"), ignore_errors=True)
     accelerator.init_trackers("brixel", config={key: str(value) for key, value in vars(cfg).items()})
     steps_per_epoch = (cfg.cache_crops or len(train_ids)) / samples_per_step
     accelerator.print(*index.notes, f"settings: {json.dumps(settings)}", f"{samples_per_step} samples a step, "
@@ -1107,14 +1108,6 @@ def load_checkpoint(accelerator, cfg, settings):
     return step
 
 
-def remove_old_run(cfg, accelerator):
-    """Remove what an earlier run with the same --out left, as --overwrite asks, but for --out itself."""
-    if accelerator.is_main_process:
-        beside(cfg, ".jsonl").unlink(missing_ok=True)
-        shutil.rmtree(beside(cfg, ".state"), ignore_errors=True)
-    accelerator.wait_for_everyone()
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # 7. Settings and command lines
 
@@ -1150,27 +1143,6 @@ class Parser(argparse.ArgumentParser):
         raise BrixelError(message)
 
 
-def read_config(path):
-    """config.yaml -> {section: {key: value}}, {section: {key: the comment beside it}}.   Raises: BrixelError."""
-    import yaml
-
-    loader, number = type("Loader", (yaml.SafeLoader,), {}), re.compile(r"[-+]?\d[\d.]*[eE][-+]?\d+$")
-    loader.add_implicit_resolver("tag:yaml.org,2002:float", number, None)       # to YAML 1.1 alone 1e-3 is no number
-    with one_sentence(path.name):
-        text = path.read_text("utf-8")
-        sections = yaml.load(text, loader) or {}
-        for name, section in sections.items():
-            if not isinstance(section, dict):
-                raise ValueError(f"section {name} has no keys")
-    comments = {name: {} for name in sections}
-    for line in text.splitlines():
-        if match := re.match(r"['\"]?(\w+)['\"]?:", line):
-            name = match[1]
-        elif match := re.match(r"  (\w+):.*?\s# (.*)", line):
-            comments[name][match[1]] = match[2]
-    return sections, comments
-
-
 def load_config(argv, flag, default, description, path=Path(__file__).with_name("config.yaml")):
     """Settings of one run: a section of config.yaml, each of its keys a flag, its comment the help.
 
@@ -1178,38 +1150,45 @@ def load_config(argv, flag, default, description, path=Path(__file__).with_name(
     Returns: argparse.Namespace of the section's keys and of `flag`.
     Raises: BrixelError for an unknown key or flag, or a value that cannot work, in config.yaml or in argv.
     """
-    sections, comments = read_config(path)
+    import yaml
+
+    loader, number = type("Loader", (yaml.SafeLoader,), {}), re.compile(r"[-+]?\d[\d.]*[eE][-+]?\d+$")
+    loader.add_implicit_resolver("tag:yaml.org,2002:float", number, None)       # to YAML 1.1 alone 1e-3 is no number
+    with one_sentence(path.name):
+        text = path.read_text("utf-8")
+        sections = {name: dict(section or {}) for name, section in (yaml.load(text, loader) or {}).items()}
+        _, *parts = re.split(r"^['\"]?(\w+)['\"]?:", text, flags=re.MULTILINE)             # name, body, name, body, ...
+        comments = {name: dict(re.findall(r"^  (\w+):.*?\s# (.*)", body, re.MULTILINE))
+                    for name, body in zip(parts[::2], parts[1::2])}
     names = [name for name, section in sections.items() if ("max_steps" in section) == (flag == "preset")]
     chooser = Parser(allow_abbrev=False, add_help=False)
-    chooser.add_argument(f"--{flag}", choices=names, default=default,
-                         help=f"section of config.yaml, with the settings below [{default}]")
+    chooser.add_argument(f"--{flag}", choices=names, default=default if default in names else None,
+                         required=default not in names, help=f"section of config.yaml, with its settings [{default}]")
     name = getattr(chooser.parse_known_args(argv)[0], flag)
-    if name not in names:
-        raise BrixelError(f"{path.name} has no section {name} (--{flag})")
     parser = Parser(parents=[chooser], description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    # A key must have a comment: one of a task in its own section or in those before, one of a preset in the first
-    texts = []
-    for key in sections[name]:
-        found = [section for section in ([name] if flag == "task" else []) + names if key in comments[section]]
-        if not found:
-            raise BrixelError(f"{path.name}: {name}: unknown key {key}")
-        value, example = sections[name][key], sections[found[0]][key]
+    # Type and help of a key are those where it has a comment: of presets in the first; of tasks in its own, or the first
+    known = {}
+    for section in names[::-1] + [name] if flag == "task" else names[:1]:
+        known |= {key: (sections[section][key], comment) for key, comment in comments[section].items()}
+    values = []                                    # of the section, as flags: one parser looks at all values
+    for key, value in sections[name].items():
+        example, comment = known.get(key, (None, None))
         kind = {"type": type(example), "choices": CHOICES.get(key)}
         if isinstance(example, list):
-            kind = {"type": type(example[0]) if example else str, "nargs": "+"}
+            kind = {"type": type((example or [0])[0]), "nargs": "+"}
         elif isinstance(example, bool):
             kind = {"action": argparse.BooleanOptionalAction}
-        spellings = dict.fromkeys([f"--{key}", f"--{key.replace('_', '-')}"])          # both, as accelerate does
-        help_text = f"{comments[found[0]][key]} [{value}]".replace("%", "%%")
-        parser.add_argument(*spellings, help=help_text, **kind)
-        if isinstance(example, bool) and isinstance(value, bool):
-            texts.append(f"--{key}" if value else f"--no-{key}")
+        if comment:
+            spellings = dict.fromkeys([f"--{key}", f"--{key.replace('_', '-')}"])      # both, as accelerate does
+            parser.add_argument(*spellings, help=f"{comment} [{value}]".replace("%", "%%"), **kind)
+        if isinstance(value, bool) and isinstance(example, bool):
+            values.append(f"--{key}" if value else f"--no-{key}")
         else:
-            texts += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
-    with one_sentence(f"{path.name}: {name}"):     # the section's values are parsed as if they were flags
-        cfg = parser.parse_args(texts)
+            values += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
+    with one_sentence(f"{path.name}: {name}"):
+        cfg = parser.parse_args([f"--{flag}={name}", *values])
     cfg = parser.parse_args(argv, cfg)
     for key, value in vars(cfg).items():
         low, high = int(key in POSITIVE), 1 if key in SHARES else 2**31
@@ -1222,7 +1201,7 @@ def load_config(argv, flag, default, description, path=Path(__file__).with_name(
 def command(program, run):
     """run(), the body of a command line: a user's mistake is one sentence and exit code 1, on any console.
 
-    BRIXEL_DEBUG=1 in the environment also shows where it came from.
+    BRIXEL_DEBUG=1 in the environment shows where it came from.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -1233,7 +1212,7 @@ def command(program, run):
         sys.exit(f"{program}: stopped")
     except Exception as error:
         data_error = getattr(sys.modules.get("data"), "DataError", BrixelError)
-        mistake = isinstance(error, (BrixelError, data_error, OSError, MemoryError, torch.OutOfMemoryError))
+        mistake = isinstance(error, BrixelError | data_error | OSError | MemoryError | torch.OutOfMemoryError)
         if not mistake or os.environ.get("BRIXEL_DEBUG"):
             raise
         sys.exit(f"{program}: error: {str(error) or 'out of memory'}")

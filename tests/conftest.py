@@ -13,7 +13,7 @@ ROOT, FIXTURES = Path(__file__).parents[1], Path(__file__).with_name("fixtures")
 sys.path.insert(0, str(ROOT))
 TINY = ["--backbone", "timm:test_vit", "--weights", "none"]       # 6 blocks, 64 wide, patch 16, random weights
 FAST = [*TINY, *"--teacher_size 128 --min_side 0 --cache_crops 0 --max_steps 4 --batch_size 2 --num_workers 0".split(),
-        "--log_every", "1"]                        # what makes any preset small
+        *"--mixed_precision no --log_every 1".split()]            # what makes any preset small
 
 
 def tensors(name):
@@ -49,7 +49,7 @@ def fresh_accelerate():
 def in_process(fresh_accelerate, monkeypatch):
     """in_process(*args): brixel.main in this process, on one thread: two on a busy machine take longer."""
     import brixel
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setattr("data.usable_cores", lambda: 1)
     torch.set_num_threads(1)
 
     def run(*args):
