@@ -68,8 +68,7 @@ def our_data():
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Backbones: frozen vision transformers
 
-# alias: source:model.  timm's `_qkvb` models keep the q and v biases of Meta's DINOv3; its plain `_dinov3` models drop
-# them.
+# alias: source:model.  timm's `_qkvb` models keep the q and v biases of Meta's DINOv3, its plain `_dinov3` models do not
 BACKBONES = {
     "dinov3_vits16": "timm:vit_small_patch16_dinov3_qkvb.lvd1689m",
     "dinov3_vits16plus": "timm:vit_small_plus_patch16_dinov3_qkvb.lvd1689m",
@@ -122,20 +121,16 @@ class Backbone(nn.Module):
     def train(self, mode=True):
         return super().train(False)
 
-    def maps(self, x, indices):
-        """x: (B, 3, H, W), normalized.   Returns: the blocks `indices`, each (B, C, h, w) after the final norm."""
+    def layers(self, x, indices=None):
+        """x: (B, 3, H, W), normalized.   Returns: the blocks `indices` (default: out_indices), each (B, C, h, w)."""
         check_image(x, self.patch_size)
         h, w = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
-        patches = [tokens[:, -h * w:] for tokens in self.tokens(x, indices)]       # without class and register tokens
-        return [tokens.unflatten(1, (h, w)).permute(0, 3, 1, 2) for tokens in patches]
-
-    def layers(self, x):
-        """x: (B, 3, H, W), normalized.   Returns: the four maps that the adapter reads, each (B, C, h, w)."""
-        return self.maps(x, self.out_indices)
+        tokens = [x[:, -h * w:] for x in self.tokens(x, indices or self.out_indices)]      # no class, register tokens
+        return [x.unflatten(1, (h, w)).permute(0, 3, 1, 2) for x in tokens]
 
     def forward(self, x):
         """x: (B, 3, H, W), normalized.   Returns: (B, C, h, w), the last layer."""
-        return self.maps(x, self.out_indices[-1:])[0]
+        return self.layers(x, self.out_indices[-1:])[0]
 
 
 class TimmBackbone(Backbone):
@@ -207,14 +202,13 @@ def normalize(image, backbone):
 
 
 def from_open_clip(model_name, weights):
-    """NAME/TAG of open_clip, whose image tower is a ViT of timm -> timm's name, weights (pretrained: a file)."""
+    """NAME/TAG of open_clip, whose image tower is a ViT of timm -> its name in timm, the file of pretrained weights."""
     import open_clip
 
-    architecture, _, tag = model_name.partition("/")
-    timm_name = open_clip.get_model_config(architecture)["vision_cfg"]["timm_model_name"]
+    name, _, tag = model_name.partition("/")
     if weights == "pretrained":
-        weights = open_clip.download_pretrained(open_clip.get_pretrained_cfg(architecture, tag))
-    return timm_name, weights
+        weights = open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag))
+    return open_clip.get_model_config(name)["vision_cfg"]["timm_model_name"], weights
 
 
 @torch.no_grad()
@@ -235,8 +229,7 @@ def load_backbone(name, weights="pretrained"):
 
     weights: "pretrained" (downloaded by the library), None or "none" (random), or a file: Meta's .pth, or what timm or
         open_clip save.  What transformers saves is read from its folder, hf:FOLDER.
-    Raises: BrixelError for an unknown name, a file that does not fit, a download that fails, or a model that is no
-        plain ViT.
+    Raises: BrixelError for an unknown name, a file that does not fit, a failed download, a model that is no plain ViT.
     """
     name = "dinov3_vitb16" if name == "dinov3" else name           # one name for one model, so that checkpoints agree
     weights = str(weights or "none")
@@ -251,11 +244,10 @@ def load_backbone(name, weights="pretrained"):
         torch.default_generator.manual_seed(0)     # random weights are the same at every call
         if source == "hf":
             backbone = TransformersBackbone(name, model_name, weights)
+        elif source == "open_clip":
+            backbone = TimmBackbone(name, *from_open_clip(model_name, weights))
         else:
-            file_or_word = weights
-            if source == "open_clip":
-                model_name, file_or_word = from_open_clip(model_name, weights)
-            backbone = TimmBackbone(name, model_name, file_or_word)
+            backbone = TimmBackbone(name, model_name, weights)
         check_tokens(backbone)
     backbone.weights = weights                     # a checkpoint says what to load again
     return backbone
@@ -1025,11 +1017,10 @@ def write_panel(path, titles, rows, inches=2.6):
     figure = Figure((inches * sum(widths), inches * len(rows)), dpi=120)
     figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=0.02, hspace=0.02)
     axes = figure.subplots(len(rows), len(titles), squeeze=False, width_ratios=widths)
-    for axis, picture in zip(axes.flat, itertools.chain(*rows)):
+    for axis, picture, title in itertools.zip_longest(axes.flat, itertools.chain(*rows), titles):
         axis.imshow(picture)
-        axis.set_axis_off()
-    for axis, title in zip(axes[0], titles):
         axis.set_title(title)
+        axis.set_axis_off()
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.05)
 
@@ -1053,17 +1044,14 @@ def checksums(folder):
 
 
 def save_checkpoint(accelerator, cfg, model, settings, step):
-    """Everything needed to go on after `step` steps, in out.state/step_0000400, whole or not at all; and --out.
-
-    Only the last one stays.
-    """
+    """Write --out and all that is needed to go on, out.state/step_0000400, whole or not at all; only the last stays."""
     folder = beside(cfg, ".state")
     with one_sentence(f"cannot write a checkpoint to {folder} (is there space left?); what was saved before is kept"):
         accelerator.save_state(str(folder / "tmp"))
     accelerator.wait_for_everyone()                               # each process writes its own random state
     if accelerator.is_main_process:
         record = {**settings, "step": step, "files": checksums(folder / "tmp")}
-        with atomic(folder / "tmp" / "settings.json") as temporary:
+        with atomic(folder / "tmp/settings.json") as temporary:
             temporary.write_text(json.dumps(record, indent=1))
         os.replace(folder / "tmp", folder / f"step_{step:07d}")
         for old in sorted(folder.glob("step_*"))[:-1]:
@@ -1085,13 +1073,11 @@ def load_checkpoint(accelerator, cfg, settings):
     found = sorted(beside(cfg, ".state").glob("step_*"))
     if not found:
         raise BrixelError(f"there is no checkpoint of a run in {beside(cfg, '.state')}: give --overwrite, not --resume")
-    with one_sentence(f"{found[-1] / 'settings.json'} is damaged: start anew with --overwrite"):
+    with one_sentence(f"{found[-1]}/settings.json or a file that it names is damaged: start anew with --overwrite"):
         saved = json.loads((found[-1] / "settings.json").read_text())
-        step, files = saved["step"], saved["files"]
-    damaged = files.items() - checksums(found[-1]).items()
-    if damaged:
-        raise BrixelError(f"{found[-1] / min(damaged)[0]} is missing or damaged: start anew with --overwrite, perhaps "
-                          f"from what was reached: --init {cfg.out}")
+        damaged = saved["files"].items() - checksums(found[-1]).items()
+        if damaged:
+            raise ValueError(f"{found[-1] / min(damaged)[0]} is not as it was written")
     changed = {key: f"{key} was {saved.get(key)!r}, is {value!r}" for key, value in settings.items()
                if saved.get(key) != value and key not in ("resume", "overwrite", "out")}
     refused = [changed[key] for key in SAME_RUN if key in changed]
@@ -1103,9 +1089,9 @@ def load_checkpoint(accelerator, cfg, settings):
     if accelerator.is_main_process and path.exists():             # what was logged after it will be logged again
         lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
         with atomic(path) as temporary:
-            temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
-    accelerator.print(f"resuming after step {step} of {cfg.max_steps}", *changed.values(), sep="; ")
-    return step
+            temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= saved["step"]))
+    accelerator.print(f"resuming after step {saved['step']} of {cfg.max_steps}", *changed.values(), sep="; ")
+    return saved["step"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
