@@ -1,13 +1,17 @@
 """Rendered stand-ins for ADE20K, Cityscapes, NYU and NAVI: real on-disk formats, exact depth, normals and classes.
 
-A pinhole camera (x right, y down, z forward) sees planes, boxes and spheres, textured with pictures (side, side, 3)
-uint8, one a class.
+A pinhole camera (x right, y down, z forward) sees planes and spheres, textured with pictures (side, side, 3) uint8,
+one a class.
 """
 import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 from PIL import Image
+from pyarrow import parquet
+
+NESTED = pyarrow.list_(pyarrow.list_(pyarrow.list_(pyarrow.float32())))        # a cell of Array3D of datasets
 
 
 def hit_plane(rays, normal, offset):
@@ -24,20 +28,6 @@ def hit_sphere(rays, center, radius):
     return np.where(depth > 0, depth, np.inf), normal
 
 
-def hit_box(rays, center, half, turn):
-    """half: half the sides.   turn: rotation from the box's axes to the camera's."""
-    local, origin = rays @ turn, -center @ turn
-    near, far = np.sort(np.stack([(-half - origin) / local, (half - origin) / local]), axis=0)
-    face, enter, leave = near.argmax(-1), near.max(-1), far.min(-1)
-    return np.where((enter < leave) & (enter > 0), enter, np.inf), turn.T[face]
-
-
-def rotation(rng):
-    q, r = np.linalg.qr(rng.normal(size=(3, 3)))
-    q = q * np.sign(np.diag(r))
-    return q if np.linalg.det(q) > 0 else q[:, [1, 0, 2]]
-
-
 def render(shapes, textures, height, width, focal, texels_per_meter):
     """Ray cast `shapes`, a list of (hit function, arguments, texture index).
 
@@ -52,28 +42,22 @@ def render(shapes, textures, height, width, focal, texels_per_meter):
     normal = np.take_along_axis(np.stack([normal for _, normal in hits]), index[None, ..., None], 0)[0]
     normal = normal * np.sign((normal * rays).sum(-1, keepdims=True))
     axes = np.array([[1, 2], [0, 2], [0, 1]])[np.abs(normal).argmax(-1)]           # texture plane: the two flat axes
-    uv = (np.take_along_axis(rays * depth[..., None], axes, -1) * texels_per_meter).astype(int)
-    side = len(textures[0])
-    uv = np.abs((uv + side // 2) % (2 * side) - side + 0.5).astype(int)            # mirrored at its borders
+    uv = np.take_along_axis(rays * depth[..., None], axes, -1) * texels_per_meter % len(textures[0])
     texture = np.array([texture for _, _, texture in shapes])[index]
-    image = np.stack(textures)[texture, uv[..., 1], uv[..., 0]]
+    image = np.stack(textures)[texture, uv[..., 1].astype(int), uv[..., 0].astype(int)]
     light = 0.55 + 0.45 * np.abs(normal @ np.array([0.35, 0.75, 0.56]))
     return (image * light[..., None]).astype(np.uint8), depth.astype(np.float32), normal.astype(np.float32), index
 
 
 def draw(rng, textures, height, width):
-    """A room (textures 0..2) with six boxes and spheres: image, depth, normal as render, texture seen (H, W) uint8."""
+    """A room (textures 0..2) with six spheres: image, depth, normal as render, texture seen (H, W) uint8."""
     tilt = rng.uniform(-0.08, 0.08, 2)
     planes = [((0.0, 1.0, tilt[0]), 1.4, 0), ((tilt[1], 0.0, 1.0), rng.uniform(4, 6), 1), ((1.0, 0.0, 0.1), 2.6, 1),
               ((-1.0, 0.0, 0.1), 2.6, 1), ((0.0, -1.0, 0.05), 1.5, 2)]
     shapes = [(hit_plane, (np.array(n) / np.linalg.norm(n), offset), texture) for n, offset, texture in planes]
     for _ in range(6):
-        size, texture = rng.uniform(0.25, 0.6), int(rng.integers(3, len(textures)))
-        center = np.array([rng.uniform(-1.5, 1.5), rng.uniform(-0.6, 1.0), rng.uniform(2, 4)])
-        if texture % 2:
-            shapes.append((hit_sphere, (center, size), texture))
-        else:
-            shapes.append((hit_box, (center, size * rng.uniform(0.6, 1, 3), rotation(rng)), texture))
+        center = rng.uniform((-1.5, -0.6, 2), (1.5, 1.0, 4))
+        shapes.append((hit_sphere, (center, rng.uniform(0.25, 0.6)), int(rng.integers(3, len(textures)))))
     image, depth, normal, index = render(shapes, textures, height, width, 0.9 * width, 0.3 * width)
     return image, depth, normal, np.array([texture for _, _, texture in shapes], np.uint8)[index]
 
@@ -87,13 +71,12 @@ def rooms(textures, splits, seed, height, width):
 
 
 def near_object(rng, n_textures):
-    """Shapes of one NAVI-like object, 10 cm wide at 30 cm (a box and a sphere), before a wall; shape 0 is the wall."""
-    texture = int(rng.integers(3, n_textures))
-    center = np.array([*rng.uniform(-0.02, 0.02, 2), rng.uniform(0.28, 0.34)])
-    side = rng.choice([-1, 1], 3) * 0.045
+    """Shapes of one NAVI-like object, 10 cm wide at 30 cm (two spheres), before a wall; shape 0 is the wall."""
+    texture, center = int(rng.integers(3, n_textures)), rng.uniform((-0.02, -0.02, 0.28), (0.02, 0.02, 0.34))
+    beside = center + rng.choice([-1, 1], 3) * 0.045
     return [(hit_plane, (np.array([0.1, 0.1, 0.99]), 0.7), int(rng.integers(0, 3))),
-            (hit_box, (center, rng.uniform(0.04, 0.07, 3), rotation(rng)), texture),
-            (hit_sphere, (center + side, rng.uniform(0.03, 0.05)), (texture + 1) % n_textures)]
+            (hit_sphere, (center, rng.uniform(0.05, 0.08)), texture),
+            (hit_sphere, (beside, rng.uniform(0.03, 0.05)), (texture + 1) % n_textures)]
 
 
 def save(array, path, **options):
@@ -121,17 +104,12 @@ def write_cityscapes(root, textures, splits, seed=1, height=448, width=896):
 
 
 def write_nyu_parquet(root, textures, splits, seed=2, height=288, width=384):
-    """As tanganke/nyuv2, without its columns segmentation and normal; two files for the training split."""
-    from datasets import Array3D, Dataset, Features
-    features = Features(image=Array3D((3, height, width), "float32"), depth=Array3D((1, height, width), "float32"))
-    rows = {split: [] for split in splits}
-    for split, _, image, depth, _, _ in rooms(textures, splits, seed, height, width):
-        rows[split].append({"image": image.transpose(2, 0, 1).astype(np.float32) / 255, "depth": depth[None]})
+    """As tanganke/nyuv2, without its columns segmentation and normal: nested lists; a file per photo."""
     Path(root, "data").mkdir(parents=True)
-    for split, shards in (("train", min(2, len(rows["train"]))), ("val", 1)):
-        table = Dataset.from_list(rows[split], features=features)
-        for k in range(shards):
-            table.shard(shards, k, contiguous=True).to_parquet(f"{root}/data/{split}-{k:05d}-of-{shards:05d}.parquet")
+    for split, i, image, depth, _, _ in rooms(textures, splits, seed, height, width):
+        row = {"image": image.transpose(2, 0, 1) / 255, "depth": depth[None]}
+        table = pyarrow.table({name: pyarrow.array([x.tolist()], NESTED) for name, x in row.items()})
+        parquet.write_table(table, f"{root}/data/{split}-{i:05d}-of-{splits[split]:05d}.parquet")
 
 
 def write_navi(root, textures, splits, seed=3, height=480, width=640, objects=5, multiview=True):

@@ -1,16 +1,20 @@
 """The four benchmark readers, on rendered scenes in each benchmark's own format, and on three real ADE20K pairs."""
 
+import io
 import random
 import shutil
 
 import h5py
 import numpy as np
+import pyarrow
 import pytest
 import render
 import torch
 from conftest import FIXTURES, photo
 from PIL import Image
+from pyarrow import parquet
 from scipy.io import savemat
+from torch.utils.data import DataLoader
 
 import data
 
@@ -52,6 +56,16 @@ def test_image_and_label_stay_aligned_and_ade20k_classes_are_labels_less_one(tmp
     assert ((item["image"][0].float() - 1 - item["label"].float())[:, 25:].abs() < 2).float().mean() > 0.95
 
 
+@pytest.mark.parametrize("orientation, height, width", [(3, 60, 80), (6, 60, 60), (6, 60, 80)])
+def test_labels_stay_on_the_stored_pixels_whatever_exif_says(orientation, height, width, tmp_path):
+    label, exif = np.ones((height, width), np.uint8), Image.Exif()
+    label[:height // 2], exif[0x0112] = 21, orientation
+    render.save(np.stack([label * 12] * 3, -1), tmp_path / "images/validation/a.jpg", exif=exif, quality=100)
+    render.save(label, tmp_path / "annotations/validation/a.png")
+    item = data.ADE20K(tmp_path, "val", 60)[0]
+    assert torch.equal(item["label"] == 20, item["image"][0] > 128)
+
+
 def test_cityscapes_ids_map_to_the_19_classes_in_either_folder_layout(copy):
     by_id = [*[255] * 7, 0, 1, 255, 255, 2, 3, 4, 255, 255, 255, 5, 255, *range(6, 16), 255, 255, *range(16, 19)]
     assert data.Cityscapes.class_of.tolist() == by_id
@@ -82,6 +96,31 @@ def test_nyu_parquet_is_the_rendered_room_and_mat_the_same(scenes, tmp_path):
     (tmp_path / "nyu_depth_v2_labeled.mat").write_bytes(b"cut")
     with pytest.raises(data.DataError, match="image 2 of .*labeled.mat cannot be read"):
         train[0]
+
+
+def test_nyu_of_other_shapes_and_units_is_the_same_or_refused(tmp_path):
+    [(*_, image, depth, _, _)] = render.rooms(TEXTURES, {"train": 1}, 2, 48, 64)
+    image[0, 0], depth[0, :2] = 255, (np.nan, 0)
+    pictures = [io.BytesIO(), io.BytesIO()]                                           # columns of type Image
+    Image.fromarray(image).save(pictures[0], "PNG")
+    Image.fromarray(depth).save(pictures[1], "TIFF")
+    same = [(image, depth[None]), (image.transpose(2, 0, 1) / 255, depth), (image.astype(float), depth[..., None]),
+            [{"bytes": file.getvalue()} for file in pictures]]
+    wrong = [(image, depth * 1000), (image, depth / 10), (image, np.array(1)), (image / 127.5 - 1, depth),
+             (image.astype(int) * 257, depth), (image[..., 0], depth), (image[:-1], depth), (np.array(1), depth),
+             (image.transpose(1, 0, 2), depth.T)]
+    for k, cells in enumerate(same + wrong):
+        columns = zip(("image", "depth"), [[cell if isinstance(cell, dict) else cell.tolist()] for cell in cells])
+        (tmp_path / f"{k}" / "data").mkdir(parents=True)
+        parquet.write_table(pyarrow.table(dict(columns)), tmp_path / f"{k}/data/train-00000-of-00001.parquet")
+        dataset = data.NYU(tmp_path / f"{k}", "train", 48)
+        if k < len(same):
+            np.testing.assert_array_equal(dataset[0]["image"].permute(1, 2, 0), image)
+            np.testing.assert_array_equal(dataset[0]["depth"][0], np.nan_to_num(depth))
+            assert (~dataset[0]["valid"]).nonzero().tolist() == [[0, 0, 0], [0, 0, 1]]
+        else:
+            with pytest.raises(data.DataError, match=f"^row 0 of {tmp_path}/{k}/data/train"):
+                dataset[0]
 
 
 def test_navi_photo_depth_and_normals_are_the_rendered_object(scenes):
@@ -166,9 +205,18 @@ def test_broken_files_are_named(copy):
         with pytest.raises(data.DataError, match=f"^{path} {reason}"):
             data.ADE20K(copy, "train", 32)[0]
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(data.DataError, match=f"^{path} cannot be read"):
-        data.ADE20K(copy, "train", 32)[0]
-    path = copy / "data/train-00001-of-00002.parquet"
+    with pytest.raises(data.DataError, match=f"^{path} cannot be read"):                 # one sentence
+        list(DataLoader(data.ADE20K(copy, "train", 32), num_workers=1))
+    path = copy / "data/train-00001-of-00003.parquet"
     path.write_bytes(b"no parquet")
-    with pytest.raises(data.DataError, match=f"^{path} cannot be read"):
+    with pytest.raises(data.DataError, match=f"cannot be read: .*{path}"):
         data.NYU(copy, "train", 48)
+
+
+def test_navi_annotations_are_looked_at(copy):
+    path = copy / "object_0/wild_set/annotations.json"
+    rows = path.read_text()
+    for old, new in (('"focal_length"', '"f"'), ('"focal_length": ', '"focal_length": -'), ('"val"', '"test"')):
+        path.write_text(rows.replace(old, new))
+        with pytest.raises(data.DataError, match=f"^{path}"):
+            data.NAVI(copy, "val", 32, protocol="dataset")

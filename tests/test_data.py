@@ -199,9 +199,8 @@ def test_what_a_tar_or_a_folder_holds_and_is_no_photo_is_noted(photos, capfd):
         index = data.PhotoIndex(place)
         assert [os.path.basename(path) for path in index.files] == [*(f"{i}.jpg" for i in range(8)), *sorted(others)]
         assert [Image.open(index.open(i)).size for i in (12, 13)] == [(180, 150)] * 2 and len(index) == 14
-        for note, reason in zip(index.notes, ("6 pictures", "0.tar: 2 links or sparse files are left out, first scan.jpg",
-                                              "1.tar .*ReadError", "2.tar .*unexpected end", "3.tar .*damaged header")):
-            assert re.search(reason, note)
+        reasons = "6 pictures", "0.tar: 2 .*scan.jpg", "1.tar .*ReadError", "2.tar .*unexpected end", "3.tar .*damaged"
+        assert all(re.search(reason, note) for reason, note in zip(reasons, index.notes, strict=True))
     with pytest.raises(data.DataError, match="no .jpg .*1.tar cannot be read.*--data_dir"):
         data.PhotoIndex(photos / "1.tar")
     assert capfd.readouterr() == ("", "")                                                # every process has an index
