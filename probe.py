@@ -30,7 +30,7 @@ from accelerate import Accelerator
 from accelerate.utils import tqdm
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import FixedLocator
 from safetensors.torch import save
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -513,8 +513,9 @@ def write_plot(path, task, records):
             axis.errorbar(x, y, bars, fmt="o-", capsize=3, color=colors[row], label=row)
             for record, *point in zip(chosen, x, y, strict=True):
                 axis.annotate(record["size"], point, (5, -11), textcoords="offset points", color=colors[row])
-        axis.set(xlabel=label, ylabel=header, xscale="log")
-        axis.xaxis.set(major_locator=LogLocator(subs=(1, 2, 3, 5)), major_formatter="{x:g}")
+        axis.set(xlabel=label, ylabel=header, xscale="log", xmargin=0.15)
+        sizes, plain = {record["size"] for record in records}, [n * 10**e for e in range(-2, 6) for n in (1, 2, 5)]
+        axis.xaxis.set(major_locator=FixedLocator(sorted(sizes) if key == "size" else plain), major_formatter="{x:g}")
         axis.minorticks_off()
         axis.label_outer()
         axis.grid(alpha=0.3)
