@@ -1120,7 +1120,8 @@ CHOICES = {"scale": (2, 4, 8), "crop": ("random", "center"), "optimizer": ("adam
            "mixed_precision": ("no", "bf16"), "report_to": ("none", "tensorboard", "wandb"),
            "split": ("paper", "dataset", "probe3d"), "depth": ("encoded", "metric")}
 SHARES = ("val_share", "crop_min", "lr_decay", "drop_path")       # 0 to 1
-POSITIVE = ("max_steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_every", "k", "epochs", "repeats")
+POSITIVE = ("max_steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_every", "k", "epochs", "repeats",
+            "hidden", "classes")
 
 
 class Parser(argparse.ArgumentParser):
