@@ -4,7 +4,8 @@
     python tests/bench.py --backbone dinov3_vits16 --teacher_size 448 --batch_size 8  # a step, on any device
 
 The floor is the time that the step's multiplications take at the speed of one large matrix product.  Medians of calls
-taken in turns.  Prints a line, and one of JSON.
+taken in turns.  Peak memory: of one whole step; on a CPU, of the process.  Prints a line, and one of JSON.
+Other flags are those of brixel.py: --preset, --mixed_precision and so on; weights are random.
 """
 import argparse
 import json
@@ -12,6 +13,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
 import torch
 import torch.nn.functional as F
@@ -50,55 +52,43 @@ def bench_reading(folder, size=1024, count=60):
           f"plain way {plain:.1f}/s, ratio {ours / plain:.2f}")
 
 
-def bench_step(args):
-    """The parts of one training step, each alone, and the whole."""
-    cfg = brixel.load_config(["--preset", args.preset], "preset", None, "")
-    backbone = brixel.load_backbone(args.backbone, None)
-    accelerator, _, upsampler, optimizers = brixel.set_up(cfg, backbone)
-    image = torch.randint(256, (args.batch_size, 3, args.teacher_size, args.teacher_size), dtype=torch.uint8)
-    image = image.to(accelerator.device)
-    small, layers, target = brixel.frozen_pass(image, backbone, cfg.scale, accelerator)
-    output = upsampler(small, layers).detach().float().requires_grad_()
-    lambdas = cfg.lambda_edge, cfg.lambda_spectral, cfg.lambda_cosine
+def bench_step(cfg, repeats):
+    """The parts of one training step, each alone, their sum, and the peak memory of one whole step."""
+    accelerator, backbone = brixel.make_accelerator(cfg), brixel.load_backbone(cfg.backbone, None)
+    _, upsampler, optimizers = brixel.set_up(cfg, backbone, accelerator)
+    lambdas, side = (cfg.lambda_edge, cfg.lambda_spectral, cfg.lambda_cosine), cfg.teacher_size
+    image = torch.randint(256, (cfg.batch_size, 3, side, side), dtype=torch.uint8, device=accelerator.device)
 
     def teacher():
         return brixel.frozen_pass(image, backbone, cfg.scale, accelerator)
 
-    def student():
-        accelerator.backward(upsampler(small, layers).float().mean())
-
-    def loss():
+    def loss_of(output, target):
         P, mean = brixel.principal_components(target, cfg.k)
-        brixel.brixel_loss(output, target, *lambdas, P=P, mean=mean)[0].backward()
+        return brixel.brixel_loss(output, target, *lambdas, P=P, mean=mean)[0]
 
-    def optimizer():
-        for parameter in upsampler.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        brixel.optimizer_step(upsampler, optimizers, accelerator)
-
+    small, layers, target = teacher()
+    accelerator.backward(loss_of(upsampler(small, layers), target))
+    brixel.optimizer_step(upsampler, optimizers, cfg.lr)
+    peak = torch.cuda.max_memory_allocated() if image.is_cuda else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+    output = upsampler(small, layers).detach().float().requires_grad_()
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     matrix = torch.randn([8192 if image.is_cuda else 2048] * 2, device=image.device, dtype=dtype)
-    calls = {"teacher": teacher, "student": student, "loss": loss, "optimizer": optimizer,
-             "product": lambda: matrix @ matrix}
-    ms = dict(zip(calls, milliseconds(calls.values(), args.repeats)))
+    calls = {"teacher": teacher, "student": lambda: accelerator.backward(upsampler(small, layers).float().mean()),
+             "loss": lambda: loss_of(output, target).backward(), "product": lambda: matrix @ matrix,
+             "optimizer": lambda: brixel.optimizer_step(upsampler, optimizers, 0.0)}        # of the student's gradients
+    ms = dict(zip(calls, milliseconds(calls.values(), repeats)))
     flops = (gflops(teacher) + 3 * gflops(lambda: upsampler(small, layers))) * 1e9      # backward: two forward passes
     rate = 2 * len(matrix)**3 / ms.pop("product") * 1000
     step = sum(ms.values())
-    result = {**vars(args), "device": str(accelerator.device), "threads": torch.get_num_threads(),
-              "precision": accelerator.mixed_precision,
-              "images/s": args.batch_size / step * 1000, "ms": ms, "share_of_floor": flops / rate / step * 1000}
-    print(f"{result['images/s']:.3g} images/s, {step:.4g} ms a step: "
-          f"{', '.join(f'{part} {value:.4g}' for part, value in ms.items())}; {result['share_of_floor']:.0%} of the "
-          f"floor\n{json.dumps(result)}")
+    print(f"{cfg.batch_size / step * 1000:.3g} images/s, {step:.4g} ms a step, peak memory {peak / 1e9:.3g} GB")
+    print(json.dumps({"step_ms": step, "ms": ms, "share_of_floor": flops / rate / step * 1000, "peak_bytes": peak,
+                      "device": str(image.device), "threads": torch.get_num_threads(), "settings": vars(cfg)}))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", help="measure reading of the photos in this folder instead")
-    parser.add_argument("--preset", default="paper")
-    parser.add_argument("--backbone", default="dinov3_vitb16", help="with random weights")
-    parser.add_argument("--teacher_size", type=int, default=1024)
-    parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=10)
-    args = parser.parse_args()
-    bench_reading(args.photos) if args.photos else bench_step(args)
+    args, flags = parser.parse_known_args()
+    cfg = brixel.load_config(flags, "preset", "paper", "")
+    bench_reading(args.photos) if args.photos else bench_step(cfg, args.repeats)
