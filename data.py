@@ -287,8 +287,9 @@ def make_loaders(cfg, index, train_ids, val_ids, samples, accelerator):
         crops = list(Draws(len(photos), 0, cfg.cache_crops, cfg.seed))
         draws = [crops[i] for _, i in Draws(len(crops), samples.start, samples.stop, cfg.seed)]
     own = [(0, i) for i in range(accelerator.process_index, len(val_ids), world)]
-    held_out = DataLoader(Photos(index, val_ids, *sizes, crop="center"), cfg.batch_size // world, sampler=own, **workers)
-    return accelerator.prepare(DataLoader(photos, cfg.batch_size, sampler=draws, **workers)), held_out
+    held_out = Photos(index, val_ids, *sizes, crop="center")
+    return (accelerator.prepare(DataLoader(photos, cfg.batch_size, sampler=draws, **workers)),
+            DataLoader(held_out, cfg.batch_size // world, sampler=own, **workers))
 
 
 def usable_cores():
