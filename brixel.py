@@ -68,7 +68,7 @@ def our_data():
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Backbones: frozen vision transformers
 
-# alias: source:model.  timm's `_qkvb` models keep the q and v biases of Meta's DINOv3, its plain `_dinov3` models do not
+# alias: source:model.  timm's `_qkvb` models keep the q and v biases of Meta's DINOv3, its plain `_dinov3` do not
 BACKBONES = {
     "dinov3_vits16": "timm:vit_small_patch16_dinov3_qkvb.lvd1689m",
     "dinov3_vits16plus": "timm:vit_small_plus_patch16_dinov3_qkvb.lvd1689m",
@@ -1160,7 +1160,7 @@ def load_config(argv, flag, default, description, path=Path(__file__).with_name(
     parser = Parser(parents=[chooser], description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    # Type and help of a key are those where it has a comment: of presets in the first; of tasks in its own, or the first
+    # Type and help of a key are those beside its comment: of presets in the first, of tasks in its own or the first
     known = {}
     for section in names[::-1] + [name] if flag == "task" else names[:1]:
         known |= {key: (sections[section][key], comment) for key, comment in comments[section].items()}

@@ -72,7 +72,8 @@ def test_the_commands_run_one_after_the_other(photos, fresh_accelerate, in_proce
             fresh_accelerate()
             probe.main([*args, *SMALLER[args[args.index("--task") + 1]]])
     written = {path.name for path in tmp_path.iterdir()}
-    assert {"out.pt", "out.png", "out.jsonl", "out.state", "mine.pt", "perched-osprey.pca.png", "out.navi.json"} <= written
+    assert {"out.pt", "out.png", "out.jsonl", "out.state", "mine.pt"} <= written
+    assert {"perched-osprey.pca.png", "out.navi.json"} <= written
 
 
 def test_every_alias_stands_in_the_table():

@@ -196,7 +196,8 @@ def test_init_takes_what_load_takes_and_refuses_another_network(in_process, phot
     for start_from in (first, tmp_path / "released.safetensors"):
         in_process(*init, start_from, "--out", tmp_path / "second.pt", "--overwrite")
         want, got = (brixel.load(path, "timm:test_vit", "none") for path in (start_from, tmp_path / "second.pt"))
-        assert all(torch.equal(a, b) for a, b in zip(want.upsampler.parameters(), got.upsampler.parameters(), strict=True))
+        for a, b in zip(want.upsampler.parameters(), got.upsampler.parameters(), strict=True):
+            assert torch.equal(a, b)
         assert got.settings["skip"] == want.settings["skip"] and got.settings["training"]["init"] == str(start_from)
     for other, words in ((["--full_rank"], "full_rank"), (["--scale", 2, "--teacher_size", 64], "scale")):
         message = error_of(in_process, *init, first, "--out", tmp_path / "third.pt", *other)
@@ -298,7 +299,8 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_last_checkpoint(in_process, p
     call_at(monkeypatch, "save_checkpoint", 3, lambda: monkeypatch.setattr(torch, "save", no_space))
     message = error_of(in_process, *common)
     assert "out.state" in message and "space" in message and "\n" not in message
-    assert checkpoints(tmp_path / "out.pt") == ["step_0000002"] and brixel.load(tmp_path / "out.pt").settings["step"] == 2
+    assert checkpoints(tmp_path / "out.pt") == ["step_0000002"]
+    assert brixel.load(tmp_path / "out.pt").settings["step"] == 2
 
 
 def test_ctrl_c_before_the_first_step_is_one_sentence(in_process, photos, tmp_path, monkeypatch):
@@ -343,15 +345,16 @@ torch.nn.BatchNorm2d.train = lambda self, mode: torch.nn.Module.train(self, Fals
 def test_two_processes_see_the_photos_and_gradients_of_one(in_process, photos, tmp_path, monkeypatch, extra):
     """The batch is that of all processes: every step has the same photos, so the same terms and gradients.
 
-    Not so on a CPU are BatchNorm's statistics, which are per process (SyncBatchNorm needs GPUs): it is in eval mode here,
-    and there is no stochastic depth.
+    Not so on a CPU are BatchNorm's statistics, which are per process (SyncBatchNorm needs GPUs): it is in eval mode
+    here, and there is no stochastic depth.
     """
     monkeypatch.setattr(torch.nn.BatchNorm2d, "train", lambda self, mode: torch.nn.Module.train(self, False))
     common = [*FAST, "--data_dir", photos, "--drop_path", 0, "--val_share", 0.4, *extra, "--out"]
     monkeypatch.setattr(brixel, "optimizer_step", brixel.optimizer_step)                  # to be restored
     exec(SAVE_GRADIENTS.replace("GRADIENTS", str(tmp_path / "one.grad")), {})
     in_process(*common, tmp_path / "one.pt")
-    done = torchrun(tmp_path, SAVE_GRADIENTS.replace("GRADIENTS", str(tmp_path / "two.grad")), *common, tmp_path / "two.pt")
+    patch = SAVE_GRADIENTS.replace("GRADIENTS", str(tmp_path / "two.grad"))
+    done = torchrun(tmp_path, patch, *common, tmp_path / "two.pt")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("settings: ") == done.stdout.count("held-out photos") == 1   # one process prints
     one, two = ([*map(json.loads, open(tmp_path / name))] for name in ("one.jsonl", "two.jsonl"))
