@@ -341,7 +341,7 @@ torch.nn.BatchNorm2d.train = lambda self, mode: torch.nn.Module.train(self, Fals
 """
 
 
-@pytest.mark.parametrize("extra", [[], ["--preset", "best", "--cache_crops", 6, "--grad_accum", 2, "--max_steps", 2]])
+@pytest.mark.parametrize("extra", [[], ["--preset", "best", "--cache_crops", 6, "--grad_accum", 2]])
 def test_two_processes_see_the_photos_and_gradients_of_one(in_process, photos, tmp_path, monkeypatch, extra):
     """The batch is that of all processes: every step has the same photos, so the same terms and gradients.
 
@@ -349,7 +349,7 @@ def test_two_processes_see_the_photos_and_gradients_of_one(in_process, photos, t
     here, and there is no stochastic depth.
     """
     monkeypatch.setattr(torch.nn.BatchNorm2d, "train", lambda self, mode: torch.nn.Module.train(self, False))
-    common = [*FAST, "--data_dir", photos, "--drop_path", 0, "--val_share", 0.4, *extra, "--out"]
+    common = [*FAST, "--data_dir", photos, "--drop_path", 0, "--val_share", 0.4, "--max_steps", 2, *extra, "--out"]
     monkeypatch.setattr(brixel, "optimizer_step", brixel.optimizer_step)                  # to be restored
     exec(SAVE_GRADIENTS.replace("GRADIENTS", str(tmp_path / "one.grad")), {})
     in_process(*common, tmp_path / "one.pt")
@@ -363,7 +363,8 @@ def test_two_processes_see_the_photos_and_gradients_of_one(in_process, photos, t
     one, two = (torch.load(tmp_path / name) for name in ("one.grad", "two.grad"))
     size = torch.stack([gradient.norm() for gradient in one]).norm().item()
     for a, b in zip(one, two, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * size)
+        # of the second step: Adam has turned the rounding of gradients near zero into updates
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-3 * size)
 
 
 def test_a_batch_that_the_processes_cannot_divide_is_one_sentence(photos, tmp_path):
