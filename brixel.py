@@ -206,12 +206,12 @@ def from_open_clip(model_name, weights):
     import open_clip
 
     name, _, tag = model_name.partition("/")
-    config, tags = open_clip.get_model_config(name), open_clip.list_pretrained_tags_by_model(name)
-    if not config or "timm_model_name" not in config["vision_cfg"]:
+    config = open_clip.get_model_config(name) or {"vision_cfg": {}}
+    if "timm_model_name" not in config["vision_cfg"]:
         raise ValueError(f"open_clip has no {name}, or its image tower is not a ViT of timm")
-    if weights == "pretrained" and tag not in tags:
-        raise ValueError(f"open_clip has weights {', '.join(tags)} of {name}, not {tag!r}")
     if weights == "pretrained":
+        if tag not in open_clip.list_pretrained_tags_by_model(name):
+            raise ValueError(f"open_clip has no weights {tag!r} of {name}")
         weights = open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag))
     return config["vision_cfg"]["timm_model_name"], weights
 
@@ -863,7 +863,7 @@ def evaluate(model, held_out, accelerator):
 
     errors, rows = [], []                                         # a dict, and a row of pictures, for each photo
     model.eval()
-    for image in tqdm(held_out, desc="evaluating", leave=False):
+    for _, image in tqdm(held_out, desc="evaluating", leave=False):
         small, layers, teacher = frozen_pass(image, model.backbone, model.scale, accelerator)
         with accelerator.autocast():
             student = model.upsampler(small, layers)
@@ -1126,13 +1126,26 @@ CHOICES = {"scale": (2, 4, 8), "crop": ("random", "center"), "optimizer": ("adam
            "split": ("paper", "dataset", "probe3d"), "depth": ("encoded", "metric")}
 SHARES = ("val_share", "crop_min", "lr_decay", "drop_path")       # 0 to 1
 POSITIVE = ("max_steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_every", "k", "epochs", "repeats",
-            "hidden", "classes")
+            "hidden", "classes")                                  # all other numbers: 0 or more
 
 
 class Parser(argparse.ArgumentParser):
     """What it refuses is a BrixelError."""
     def error(self, message):
         raise BrixelError(message)
+
+
+def read_config(path):
+    """Returns: {section: {key: value}} of config.yaml, and {section: {key: the comment beside it}}."""
+    import yaml
+
+    loader = type("Loader", (yaml.SafeLoader,), {})
+    number = re.compile(r"[-+]?\d[\d.]*[eE][-+]?\d+$")             # to YAML 1.1, 1e-3 is a string
+    loader.add_implicit_resolver("tag:yaml.org,2002:float", number, None)
+    text = path.read_text("utf-8")
+    bodies = re.findall(r"^(\w+):(.*?)(?=^\w|\Z)", text, re.MULTILINE | re.DOTALL)
+    comments = {name: dict(re.findall(r"^  (\w+):.*?\s# (.*)", body, re.MULTILINE)) for name, body in bodies}
+    return yaml.load(text, loader), comments
 
 
 def load_config(argv, flag, default, description, path=Path(__file__).with_name("config.yaml")):
@@ -1142,45 +1155,40 @@ def load_config(argv, flag, default, description, path=Path(__file__).with_name(
     Returns: argparse.Namespace of the section's keys and of `flag`.
     Raises: BrixelError for an unknown key or flag, or a value that cannot work, in config.yaml or in argv.
     """
-    import yaml
-
-    loader, number = type("Loader", (yaml.SafeLoader,), {}), re.compile(r"[-+]?\d[\d.]*[eE][-+]?\d+$")
-    loader.add_implicit_resolver("tag:yaml.org,2002:float", number, None)       # to YAML 1.1 alone 1e-3 is no number
     with one_sentence(path.name):
-        text = path.read_text("utf-8")
-        sections = {name: dict(section or {}) for name, section in (yaml.load(text, loader) or {}).items()}
-        _, *parts = re.split(r"^['\"]?(\w+)['\"]?:", text, flags=re.MULTILINE)             # name, body, name, body, ...
-        comments = {name: dict(re.findall(r"^  (\w+):.*?\s# (.*)", body, re.MULTILINE))
-                    for name, body in zip(parts[::2], parts[1::2])}
-    names = [name for name, section in sections.items() if ("max_steps" in section) == (flag == "preset")]
+        sections, comments = read_config(path)
+        names = [name for name, section in sections.items() if ("max_steps" in section) == (flag == "preset")]
     chooser = Parser(allow_abbrev=False, add_help=False)
-    chooser.add_argument(f"--{flag}", choices=names, default=default if default in names else None,
-                         required=default not in names, help=f"section of config.yaml, with its settings [{default}]")
+    chooser.add_argument(f"--{flag}", choices=names, default=default,
+                         help=f"section of config.yaml, with its settings [{default}]")
     name = getattr(chooser.parse_known_args(argv)[0], flag)
     parser = Parser(parents=[chooser], description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    # Type and help of a key are those beside its comment: of presets in the first, of tasks in its own or the first
+    # A comment gives its key help and type, in the first preset; of tasks in the task itself or the first that has it
     known = {}
-    for section in names[::-1] + [name] if flag == "task" else names[:1]:
+    for section in names[:1] if flag == "preset" else [*names[::-1], name]:
         known |= {key: (sections[section][key], comment) for key, comment in comments[section].items()}
-    values = []                                    # of the section, as flags: one parser looks at all values
+    values = [f"--{flag}={name}"]                  # of the section, as flags: one parser looks at all values
     for key, value in sections[name].items():
-        example, comment = known.get(key, (None, None))
-        kind = {"type": type(example), "choices": CHOICES.get(key)}
-        if isinstance(example, list):
-            kind = {"type": type((example or [0])[0]), "nargs": "+"}
-        elif isinstance(example, bool):
+        example, comment = known.get(key, ("", None))
+        if isinstance(example, bool):
             kind = {"action": argparse.BooleanOptionalAction}
-        if comment:
+        elif isinstance(example, list):
+            kind = {"type": type(example[0]), "nargs": "+"}
+        else:
+            kind = {"type": type(example), "choices": CHOICES.get(key)}
+        if comment:                                # else the parser will not know this key
             spellings = dict.fromkeys([f"--{key}", f"--{key.replace('_', '-')}"])      # both, as accelerate does
             parser.add_argument(*spellings, help=f"{comment} [{value}]".replace("%", "%%"), **kind)
-        if isinstance(value, bool) and isinstance(example, bool):
+        if isinstance(value, list):
+            values += [f"--{key}", *map(str, value)]
+        elif value is True or value is False and isinstance(example, bool):
             values.append(f"--{key}" if value else f"--no-{key}")
         else:
-            values += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
+            values.append(f"--{key}={value}")
     with one_sentence(f"{path.name}: {name}"):
-        cfg = parser.parse_args([f"--{flag}={name}", *values])
+        cfg = parser.parse_args(values)
     cfg = parser.parse_args(argv, cfg)
     for key, value in vars(cfg).items():
         low, high = int(key in POSITIVE), 1 if key in SHARES else 2**31

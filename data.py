@@ -1,7 +1,7 @@
 """Data for BRIXEL: photographs to train on, as files or in tar shards, and the benchmarks of the probes.
 
     index = PhotoIndex("photos/")
-    image = Photos(index, range(len(index)), size=1024)[0, 7]      # crop number 0, of photo 7: (3, 1024, 1024) uint8
+    _, image = Photos(index, range(len(index)), size=1024)[0, 7]   # crop number 0, of photo 7: (3, 1024, 1024) uint8
 
 Benchmarks: ADE20K, Cityscapes, NYU, NAVI; each class shows the folders that it expects.
 """
@@ -208,8 +208,8 @@ class Photos(Dataset):
     """Crops of the photos `ids` of a PhotoIndex.
 
     crop: "random", or "center", whatever n.   size, min_side, crop_min: as in read_crop.
-    Item (n, position): (3, size, size) uint8, crop number n, of photo ids[position]: a pure function of both and the
-    seed. A photo that cannot be used is named in a warning, once per worker; another, drawn at random, takes its place.
+    Item (n, position): n, and crop number n, of photo ids[position], (3, size, size) uint8: a pure function of both
+    and the seed. A photo that cannot be used is named in a warning, once per worker; another, drawn at random, takes its place.
     Raises: DataError after `max_skipped` of them in a row: then the folder or a setting is wrong.
     """
     max_skipped = 20
@@ -232,7 +232,7 @@ class Photos(Dataset):
             i = self.ids[position]
             rng = random.Random(f"{self.seed}/{n}") if self.crop == "random" else None
             try:
-                return read_crop(self.index.open(i), self.size, self.min_side, rng, self.crop_min)
+                return n, read_crop(self.index.open(i), self.size, self.min_side, rng, self.crop_min)
             except DataError as error:
                 self.skipped[position] = f"{self.index.name(i)}: {error}"
                 warnings.warn(f"skipped {self.skipped[position]}")
@@ -261,17 +261,11 @@ def ignore_ctrl_c(worker_id):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-class Numbered(Photos):
-    """Photos whose items are (n, crop)."""
-    def __getitem__(self, sample):
-        return sample[0], super().__getitem__(sample)
-
-
 def make_loaders(cfg, index, train_ids, val_ids, samples, accelerator):
     """Batches of the training samples numbered `samples`, a range, and of this process's share of the held-out photos.
 
     cfg: the settings of brixel.py; batch_size is that of all processes, which get a part of each batch.
-    Yields: numbers (B,) and crops (B, 3, S, S) uint8, S = teacher_size, for training; crops alone of held-out photos.
+    Both yield the crops' numbers, (B,), and the crops, (B, 3, S, S) uint8, S = teacher_size.
     With cache_crops the samples are draws from the first so many crops, whose numbers return.
     """
     world = accelerator.num_processes
@@ -281,7 +275,7 @@ def make_loaders(cfg, index, train_ids, val_ids, samples, accelerator):
     sizes = cfg.teacher_size, cfg.min_side or cfg.teacher_size
     workers = {"num_workers": cfg.num_workers, "worker_init_fn": ignore_ctrl_c, "pin_memory": torch.cuda.is_available(),
                "generator": torch.Generator()}     # its own: no loader disturbs an exact resume
-    photos = Numbered(index, train_ids, *sizes, cfg.crop, cfg.crop_min, cfg.seed)
+    photos = Photos(index, train_ids, *sizes, cfg.crop, cfg.crop_min, cfg.seed)
     draws = Draws(len(photos), samples.start, samples.stop, cfg.seed)
     if cfg.cache_crops:
         crops = list(Draws(len(photos), 0, cfg.cache_crops, cfg.seed))
@@ -493,10 +487,6 @@ class NAVI(Benchmark):
     resample = Image.Resampling.BICUBIC
 
     def __init__(self, *args, protocol="paper", unit="metric", **kwargs):
-        if protocol not in ("paper", "dataset", "probe3d"):
-            raise DataError(f"unknown split {protocol!r}; known: paper, dataset, probe3d")
-        if unit not in ("metric", "encoded"):
-            raise DataError(f"unknown depth unit {unit!r}; known: metric, encoded")
         self.protocol, self.unit = protocol, unit
         super().__init__(*args, **kwargs)
 

@@ -1,4 +1,5 @@
 """Readouts, losses and metrics against the released code's numbers and by hand; every task through the command line."""
+import io
 import json
 import os
 import re
@@ -6,11 +7,13 @@ import subprocess
 import sys
 import tarfile
 from argparse import Namespace
+from base64 import b64decode
 
 import numpy as np
 import pytest
 import render
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from conftest import FIXTURES, ROOT, TINY, error_of, photo, tensors
 from PIL import Image
@@ -390,6 +393,22 @@ def test_pca_of_tars_of_a_name_twice_and_of_photos_that_fail(pca, photos, tmp_pa
     assert "damaged.tar" in printed
     assert f"skipped {photos / '0.jpg'}" in printed and f"skipped {photos / '2.jpg'}: division by zero" in printed
     assert [len(list(tmp_path.glob(f"{stem}.pca.png"))) for stem in ("two_*", "1", "1_*", "3")] == [2, 1, 1, 1]
+
+
+def test_page_holds_the_photo_the_colors_and_what_gives_the_similarities(tmp_path):
+    """As the script of the page reads them."""
+    image, (C, side) = Image.fromarray(photo(np.random.default_rng(0))), (80, 12)
+    maps = {"ViT": torch.randn(1, C, 6, 9), "BRIXEL": torch.randn(1, C, side, side) + 1}
+    probe.write_page(tmp_path / "a <b>.html", image, maps)
+    page = json.loads(re.search(r'id="data">(.*?)</script>', (tmp_path / "a <b>.html").read_text("utf-8"))[1])
+    assert Image.open(io.BytesIO(b64decode(page["photo"].partition(",")[2]))).size == image.size
+    assert page["title"] == "a <b>" and 0 < page["difference"] < 0.1
+    for shown, (name, features), colors in zip(page["maps"], maps.items(), brixel.pca_rgb(*maps.values()), strict=True):
+        tokens = torch.frombuffer(bytearray(b64decode(shown["features"])), dtype=torch.int8).view(-1, shown["dims"])
+        tokens, exact = (F.normalize(x.float(), dim=1) for x in (tokens, features[0].flatten(1).T))
+        assert (tokens @ tokens.T - exact @ exact.T).abs().mean() < 1.5 * page["difference"]
+        assert (shown["name"], shown["h"], shown["w"]) == (name, *features.shape[2:])
+        assert b64decode(shown["colors"]) == colors.tobytes()
 
 
 def test_cost_counts_every_multiplication(capsys):
