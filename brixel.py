@@ -13,13 +13,14 @@ Glossary (paper -> here)
     x           the photo at full size            image   (B, 3, H, W)
     x_          the photo at 1 / scale            small   (B, 3, H/scale, W/scale)
     T(x)        last layer of the ViT on x        teacher (B, C, H/p, W/p), p = patch_size
-    S(x_)       the student's reconstruction      student, as teacher
+    S(x_)       the student's map                 student (B, C, H/p, W/p), like teacher
     P           principal components              principal_components(), (C, k)
     Eq. 1       l1_loss        Eq. 2  edge_loss        Eq. 4  spectral_loss        Eq. 5  brixel_loss
-    h, w        token grid of the student's image; N tokens, M heads, D = C = embed_dim
+    h, w        token grid of the student's image; N tokens, C or D = embed_dim
 
-Sections 1 to 5 are the method, in the paper's order; 6 and 7 are files and settings.  "Not in the paper" marks what
-only the preset `best` uses.  "The released code" is github.com/alexanderlappe/BRIXEL, by file and line of f19a3c7.
+Sections 1 to 5 are the method, in the paper's order; 6 and 7 are files and settings.  "Not in the paper" marks parts of
+network and loss that the paper lacks; preset `best` of config.yaml has them and other changes to the recipe.  "The
+released code" is github.com/alexanderlappe/BRIXEL, by file and line of f19a3c7.
 """
 
 import argparse
@@ -48,7 +49,7 @@ class BrixelError(ValueError):
 
 @contextlib.contextmanager
 def one_sentence(what):
-    """Make one BrixelError, `what` and the reason, of whatever a library raises within."""
+    """Make one BrixelError, `what` and the reason, of whatever is raised within; BRIXEL_DEBUG=1 shows where."""
     try:
         yield
     except Exception as error:    # noqa: BLE001  no network, no access, a damaged file: every library has its own
@@ -104,7 +105,7 @@ def check_image(x, patch_size):
 
 
 class Backbone(nn.Module):
-    """A frozen ViT: no gradients, always in eval mode.
+    """A frozen ViT: no gradients; Brixel keeps it in eval mode.
 
     Subclasses give tokens(x, indices): these blocks' output, each (B, N, C) after the final norm, patch tokens last.
     mean, std: of RGB in [0, 1], as the library has them, for whoever normalizes the image.
@@ -118,19 +119,23 @@ class Backbone(nn.Module):
         self.model = model
         self.requires_grad_(False).eval()
 
-    def train(self, mode=True):
-        return super().train(False)
-
     def layers(self, x, indices=None):
         """x: (B, 3, H, W), normalized.   Returns: the blocks `indices` (default: out_indices), each (B, C, h, w)."""
         check_image(x, self.patch_size)
         h, w = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
-        tokens = [x[:, -h * w:] for x in self.tokens(x, indices or self.out_indices)]      # no class, register tokens
-        return [x.unflatten(1, (h, w)).permute(0, 3, 1, 2) for x in tokens]
+        maps = self.tokens(x, indices or self.out_indices)             # class and register tokens come first
+        return [tokens[:, -h * w:].unflatten(1, (h, w)).permute(0, 3, 1, 2) for tokens in maps]
 
     def forward(self, x):
         """x: (B, 3, H, W), normalized.   Returns: (B, C, h, w), the last layer."""
         return self.layers(x, self.out_indices[-1:])[0]
+
+
+def normalize(image, backbone):
+    """(B, 3, H, W) uint8 -> float32 with the backbone's mean and std removed."""
+    from torchvision.transforms import functional as TF
+
+    return TF.normalize(image / 255, backbone.mean, backbone.std)
 
 
 class TimmBackbone(Backbone):
@@ -138,7 +143,7 @@ class TimmBackbone(Backbone):
     def __init__(self, name, model_name, weights):
         import timm
 
-        model = timm.create_model(model_name, weights == "pretrained", num_classes=0, dynamic_img_size=True)
+        model = timm.create_model(model_name, pretrained=weights == "pretrained", num_classes=0, dynamic_img_size=True)
         if weights not in ("none", "pretrained"):
             tensors = read_tensors(weights)[0]
             kernels = [v for k, v in tensors.items() if k.endswith(("patch_embed.proj.weight", "conv1.weight"))]
@@ -157,6 +162,21 @@ class TimmBackbone(Backbone):
     def tokens(self, x, indices):
         return self.model.forward_intermediates(x, indices=list(indices), norm=True, output_fmt="NLC",
                                                 intermediates_only=True)
+
+
+def from_open_clip(model_name, weights):
+    """NAME/TAG of open_clip, whose image tower is a ViT of timm -> its name in timm, the file of pretrained weights."""
+    import open_clip
+
+    name, _, tag = model_name.partition("/")
+    config = open_clip.get_model_config(name) or {"vision_cfg": {}}
+    if "timm_model_name" not in config["vision_cfg"]:
+        raise ValueError(f"open_clip has no {name}, or its image tower is not a ViT of timm")
+    if weights == "pretrained":
+        if tag not in open_clip.list_pretrained_tags_by_model(name):
+            raise ValueError(f"open_clip has no weights {tag!r} of {name}")
+        weights = open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag))
+    return config["vision_cfg"]["timm_model_name"], weights
 
 
 class TransformersBackbone(Backbone):
@@ -194,31 +214,9 @@ class TransformersBackbone(Backbone):
         return [self.final_norm(states[i + 1]) for i in indices]        # states[0]: embeddings
 
 
-def normalize(image, backbone):
-    """(B, 3, H, W) uint8 -> float32 with the backbone's mean and std removed."""
-    from torchvision.transforms import functional as TF
-
-    return TF.normalize(image / 255, backbone.mean, backbone.std)
-
-
-def from_open_clip(model_name, weights):
-    """NAME/TAG of open_clip, whose image tower is a ViT of timm -> its name in timm, the file of pretrained weights."""
-    import open_clip
-
-    name, _, tag = model_name.partition("/")
-    config = open_clip.get_model_config(name) or {"vision_cfg": {}}
-    if "timm_model_name" not in config["vision_cfg"]:
-        raise ValueError(f"open_clip has no {name}, or its image tower is not a ViT of timm")
-    if weights == "pretrained":
-        if tag not in open_clip.list_pretrained_tags_by_model(name):
-            raise ValueError(f"open_clip has no weights {tag!r} of {name}")
-        weights = open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag))
-    return config["vision_cfg"]["timm_model_name"], weights
-
-
 @torch.no_grad()
 def check_tokens(backbone):
-    """Refuse tokens that are not one a patch, row by row: where one patch changes, the first layer must change most."""
+    """Refuse tokens that are not one a patch, row by row: a patch that is changed must change most in layers()[0]."""
     p, h = backbone.patch_size, max(4, math.ceil(32 / backbone.patch_size))
     image = torch.randn(1, 3, h * p, (h + 2) * p, generator=torch.Generator().manual_seed(0))
     changed = image.clone()
@@ -549,7 +547,7 @@ class Brixel(nn.Module):
                 torch.save({"brixel": settings, "model": tensors}, temporary)
 
     def export_onnx(self, path, size=None):
-        """Write backbone, adapter and head as an ONNX file: image (batch, 3, *size) -> features.
+        """Write backbone, adapter and head, set to eval mode, as an ONNX file: image (batch, 3, *size) -> features.
 
         size: side, or (H, W), of the image in pixels, default 16 x 16 tokens.
         Weights of more than 1.5 GB lie beside it, in path.data.
@@ -580,7 +578,7 @@ def principal_components(teacher, k=8, accelerator=None):
     Returns: P (C, k), orthonormal, largest variance first; mean (C,); float32.
     By svd_lowrank, in a fraction of the time of eigh; the edge loss differs by less than 1e-4.
     """
-    add_up = accelerator.reduce if accelerator else torch.Tensor.clone
+    add_up = accelerator.reduce if accelerator else lambda x: x
     tokens = teacher.float().flatten(2).transpose(1, 2).flatten(0, 1)                  # (N, C)
     count = add_up(tokens.new_tensor(float(len(tokens))))
     mean = add_up(tokens.sum(0)) / count                                               # (C,)
@@ -637,7 +635,7 @@ def ring_spectrum(x, rings):
 
 
 def spectral_loss(student, teacher, rings=24, r0=0.3, eps=1e-8):
-    """Spectral loss, Eq. 4: mean squared difference of the log amplitude spectra, rings r >= r0.
+    """Spectral loss, Eq. 4: mean squared difference of the log amplitude spectra, from ring int(r0 * rings).
 
     student, teacher: (B, C, H, W).   Returns: scalar, float32.
     Differs from the released code, whose rings are centered on the Nyquist corner (no fftshift) and
@@ -739,6 +737,8 @@ def make_accelerator(cfg):
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=cfg.grad_accum),
             log_with=None if cfg.report_to == "none" else cfg.report_to, project_dir=Path(cfg.out).absolute().parent,
             dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True))
+        if cfg.report_to != "none" and not accelerator.log_with:
+            raise ValueError(f"{cfg.report_to} is not installed")
     if accelerator.device.type == "cpu" and accelerator.num_processes == 1 and torch.get_num_threads() == 1:
         torch.set_num_threads(our_data().usable_cores())          # accelerate's launcher has set them to 1
     return accelerator
@@ -753,9 +753,10 @@ def set_up(cfg, backbone, accelerator):
     set_seed(cfg.seed, device_specific=True)                      # but not the same stochastic depth
     if cfg.init:
         wanted, model = model.settings, load(cfg.init, backbone, drop_path=cfg.drop_path)
-        for key in ("backbone", "scale", "full_rank"):
+        for key in ("scale", "full_rank"):
             if model.settings[key] != wanted[key]:
                 raise BrixelError(f"{cfg.init} has {key} {model.settings[key]}, not {wanted[key]} (--init, --{key})")
+        model.settings = {key: model.settings[key] for key in wanted}      # not its errors, command and so on
     model = model.to(accelerator.device).train()
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         model.upsampler = nn.SyncBatchNorm.convert_sync_batchnorm(model.upsampler)
@@ -793,8 +794,8 @@ def train(cfg):
     step = load_checkpoint(accelerator, cfg, settings) if cfg.resume else 0
     samples_per_step = cfg.batch_size * cfg.grad_accum
     samples = range(step * samples_per_step, cfg.max_steps * samples_per_step)
-    loader, held_out = data.make_loaders(cfg, index, train_ids, val_ids, samples, accelerator)
-    next(iter(held_out), None)                     # if no held-out photo can be used, the run ends now, not at its end
+    loader, val_loader = data.make_loaders(cfg, index, train_ids, val_ids, samples, accelerator)
+    next(iter(val_loader), None)                   # if no held-out photo can be used, the run ends now, not at its end
     if accelerator.is_main_process and not cfg.resume:            # what an earlier run left: --overwrite asks for it
         beside(cfg, ".jsonl").unlink(missing_ok=True)
         shutil.rmtree(beside(cfg, ".state"), ignore_errors=True)
@@ -838,32 +839,35 @@ def train(cfg):
                 record = dict(zip(("loss", *terms), means)) | {"images/s": rate, "lr": lr}
                 progress.set_postfix_str(" ".join(f"{name} {value:.3g}" for name, value in record.items()))
                 log(accelerator, cfg, step, record)
+                recent, clock = [], time.time()
+            pause = time.time()                    # for evaluation and saving, which the rate leaves out
             if step % cfg.eval_every == 0 and step < cfg.max_steps:
-                log(accelerator, cfg, step, evaluate(model, held_out, accelerator)[0])
+                log(accelerator, cfg, step, evaluate(model, val_loader, accelerator)[0])
             stop = accelerator.check_trigger()
             if stop or step % cfg.save_every == 0 or step == cfg.max_steps:
                 save_checkpoint(accelerator, cfg, model, settings, step)
+            clock += time.time() - pause
             if stop:
-                sys.exit(f"\nstopped by a signal after step {step}; to go on, add --resume")
-            if step % cfg.log_every == 0:              # here, so that the rate leaves out evaluation and saving
-                recent, clock = [], time.time()
+                accelerator.end_training()
+                said = f"\nstopped by a signal after step {step}; to go on, add --resume"
+                sys.exit(said if accelerator.is_main_process else 1)
     progress.close()
-    finish(cfg, model, held_out, accelerator)
+    finish(cfg, model, val_loader, accelerator)
 
 
 @torch.no_grad()
-def evaluate(model, held_out, accelerator):
+def evaluate(model, val_loader, accelerator):
     """Mean errors of bilinear upsampling and of BRIXEL over the held-out photos; pictures of the first four.
 
-    held_out: this process's batches.   Returns: {"bilinear l1": float, ..., "brixel cosine": float, "photos": int},
-    cosine: 1 - cosine_loss; and rows for write_panel.  The edge term takes the paper's k and each photo's own
-    components (in training: the batch's), so that runs compare.
+    val_loader: this process's batches.   Returns: {"bilinear l1": float, ..., "brixel cosine": float, "photos": int},
+    where cosine is 1 - cosine_loss, and rows of pictures for write_panel.  The edge term takes the paper's k and each
+    photo's own components (in training: the batch's), so that runs compare.
     """
     from accelerate.utils import gather_object, tqdm
 
     errors, rows = [], []                                         # a dict, and a row of pictures, for each photo
     model.eval()
-    for _, image in tqdm(held_out, desc="evaluating", leave=False):
+    for _, image in tqdm(val_loader, desc="evaluating", leave=False):
         small, layers, teacher = frozen_pass(image, model.backbone, model.scale, accelerator)
         with accelerator.autocast():
             student = model.upsampler(small, layers)
@@ -882,9 +886,9 @@ def evaluate(model, held_out, accelerator):
     return {key: sum(e[key] for e in errors) / len(errors) for key in errors[0]} | {"photos": len(errors)}, rows
 
 
-def finish(cfg, model, held_out, accelerator):
+def finish(cfg, model, val_loader, accelerator):
     """Evaluate, write out.pt and out.png, print the errors and what was written."""
-    means, rows = evaluate(model, held_out, accelerator)
+    means, rows = evaluate(model, val_loader, accelerator)
     log(accelerator, cfg, cfg.max_steps, means)
     if accelerator.is_main_process:
         model.save(cfg.out, training=vars(cfg), command=shlex.join(sys.argv), step=cfg.max_steps, held_out=means)
@@ -908,7 +912,7 @@ def load(path, backbone=None, weights=None, drop_path=0.3):
     path: out.pt, out.safetensors, a folder or Hub repository holding brixel.safetensors, or a released .pth.
     backbone: alias or module; default: the one the checkpoint names (a released checkpoint names none).
     weights: of the backbone, as in load_backbone; default: as trained.   drop_path: for further training.
-    Raises: BrixelError if the file is not a checkpoint, or was made for another backbone.
+    Raises: BrixelError if the file is no checkpoint, or of another backbone (of a module only the sizes are compared).
     """
     if Path(path).is_dir():
         path = Path(path, "brixel.safetensors")
@@ -918,7 +922,7 @@ def load(path, backbone=None, weights=None, drop_path=0.3):
             path = hf_hub_download(str(path), "brixel.safetensors")
     tensors, settings = read_tensors(path)
     if settings is None:
-        settings, tensors = from_released(tensors, path)
+        tensors, settings = from_released(tensors, path)
     if not isinstance(backbone, nn.Module):
         name = settings.get("backbone", backbone)
         if name is None:
@@ -932,7 +936,7 @@ def load(path, backbone=None, weights=None, drop_path=0.3):
         options = ("scale", "width", "skip", "stem_width", "full_rank")
         model = Brixel(backbone, drop_path=drop_path, **{key: settings[key] for key in options if key in settings})
         model.upsampler.load_state_dict(tensors)
-    model.settings = {**model.settings, **settings, "weights": model.settings["weights"]}
+    model.settings = {**settings, **model.settings}               # what travelled along, too
     return model.eval()
 
 
@@ -973,7 +977,7 @@ RELEASED_DEAD = re.compile(r"adapter\.(spm\.(conv|fc)[34]|norm[234]|guide_proj|u
 
 
 def from_released(tensors, path):
-    """State dict of the authors' release -> (settings, state dict of Upsampler)."""
+    """State dict of the authors' release -> state dict of Upsampler, settings."""
     if not {"adapter.spm.stem.0.weight", "head.align_in.weight"} <= set(tensors):
         raise BrixelError(f"{path} is neither a BRIXEL checkpoint nor one of the authors' release (--ckpt)")
     state = {}
@@ -985,8 +989,8 @@ def from_released(tensors, path):
         if key == "adapter.level_embed":
             value = value[0]                                                           # strides 16 and 32 are dead
         state[key] = value[:, :, 0, 0] if value.shape[2:] == (1, 1) else value         # 1x1 convolutions: nn.Linear
-    return {"scale": 4, "skip": "half", "width": len(state["head.align.weight"]),
-            "stem_width": len(state["adapter.prior.stem.0.weight"])}, state
+    return state, {"scale": 4, "skip": "half", "width": len(state["head.align.weight"]),
+                   "stem_width": len(state["adapter.prior.stem.0.weight"])}
 
 
 @contextlib.contextmanager
@@ -1035,6 +1039,24 @@ def beside(cfg, suffix):
     return Path(cfg.out).with_suffix(suffix)
 
 
+def check_writable(path, flag="--out"):
+    """Refuse the path that `flag` gives if its folder does not exist or cannot be written in."""
+    folder = Path(path).absolute().parent
+    if not os.access(folder, os.W_OK):
+        raise BrixelError(f"{flag} {path}: there is no folder {folder} that can be written in")
+
+
+def check_out(cfg):
+    """Refuse an --out that cannot be written, or that would overwrite another run, before training."""
+    if Path(cfg.out).suffix not in (".pt", ".safetensors"):
+        raise BrixelError(f"--out {cfg.out} must end in .pt or .safetensors")
+    check_writable(cfg.out)
+    files = Path(cfg.out), beside(cfg, ".state"), beside(cfg, ".jsonl"), beside(cfg, ".png")
+    there = [str(path) for path in files if path.exists()]
+    if there and not (cfg.overwrite or cfg.resume):
+        raise BrixelError(f"{', '.join(there)} exist: add --resume or --overwrite, or choose another --out")
+
+
 def log(accelerator, cfg, step, record):
     """Append a line to out.jsonl and hand it to the trackers."""
     accelerator.log(record, step=step)
@@ -1056,8 +1078,7 @@ def save_checkpoint(accelerator, cfg, model, settings, step):
     accelerator.wait_for_everyone()                               # each process writes its own random state
     if accelerator.is_main_process:
         record = {**settings, "step": step, "files": checksums(folder / "tmp")}
-        with atomic(folder / "tmp/settings.json") as temporary:
-            temporary.write_text(json.dumps(record, indent=1))
+        (folder / "tmp/settings.json").write_text(json.dumps(record, indent=1))
         os.replace(folder / "tmp", folder / f"step_{step:07d}")
         for old in sorted(folder.glob("step_*"))[:-1]:
             shutil.rmtree(old)
@@ -1088,6 +1109,8 @@ def load_checkpoint(accelerator, cfg, settings):
     refused = [changed[key] for key in SAME_RUN if key in changed]
     if refused:
         raise BrixelError(f"not the run that is saved in {found[-1]}: {'; '.join(refused)} (--resume)")
+    if saved["step"] > cfg.max_steps:
+        raise BrixelError(f"{found[-1]} is beyond max_steps {cfg.max_steps} (--max_steps, --resume)")
     with one_sentence(f"{found[-1]} cannot be read"):
         accelerator.load_state(str(found[-1]))
     path = beside(cfg, ".jsonl")
@@ -1101,24 +1124,6 @@ def load_checkpoint(accelerator, cfg, settings):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 7. Settings and command lines
-
-
-def check_writable(path, flag="--out"):
-    """Refuse the path that `flag` gives if its folder does not exist or cannot be written in."""
-    folder = Path(path).absolute().parent
-    if not os.access(folder, os.W_OK):
-        raise BrixelError(f"{flag} {path}: there is no folder {folder} that can be written in")
-
-
-def check_out(cfg):
-    """Refuse an --out that cannot be written, or that would overwrite another run, before training."""
-    if Path(cfg.out).suffix not in (".pt", ".safetensors"):
-        raise BrixelError(f"--out {cfg.out} must end in .pt or .safetensors")
-    check_writable(cfg.out)
-    files = Path(cfg.out), beside(cfg, ".state"), beside(cfg, ".jsonl"), beside(cfg, ".png")
-    there = [str(path) for path in files if path.exists()]
-    if there and not (cfg.overwrite or cfg.resume):
-        raise BrixelError(f"{', '.join(there)} exist: add --resume or --overwrite, or choose another --out")
 
 
 CHOICES = {"scale": (2, 4, 8), "crop": ("random", "center"), "optimizer": ("adam", "muon"),
@@ -1135,28 +1140,21 @@ class Parser(argparse.ArgumentParser):
         raise BrixelError(message)
 
 
-def read_config(path):
-    """Returns: {section: {key: value}} of config.yaml, and {section: {key: the comment beside it}}."""
-    import yaml
-
-    loader = type("Loader", (yaml.SafeLoader,), {})
-    number = re.compile(r"[-+]?\d[\d.]*[eE][-+]?\d+$")             # to YAML 1.1, 1e-3 is a string
-    loader.add_implicit_resolver("tag:yaml.org,2002:float", number, None)
-    text = path.read_text("utf-8")
-    bodies = re.findall(r"^(\w+):(.*?)(?=^\w|\Z)", text, re.MULTILINE | re.DOTALL)
-    comments = {name: dict(re.findall(r"^  (\w+):.*?\s# (.*)", body, re.MULTILINE)) for name, body in bodies}
-    return yaml.load(text, loader), comments
-
-
 def load_config(argv, flag, default, description, path=Path(__file__).with_name("config.yaml")):
-    """Settings of one run: a section of config.yaml, each of its keys a flag, its comment the help.
+    """Settings of one run: a section of config.yaml, each of its keys a flag, the comment beside it the help.
 
     flag: "preset" or "task", the flag that names the section: of brixel.py, or of probe.py.
     Returns: argparse.Namespace of the section's keys and of `flag`.
     Raises: BrixelError for an unknown key or flag, or a value that cannot work, in config.yaml or in argv.
     """
+    import yaml
+
+    loader = type("Loader", (yaml.SafeLoader,), {})
+    number = re.compile(r"[-+]?\d[\d.]*[eE][-+]?\d+$")             # to YAML 1.1, 1e-3 is a string
+    loader.add_implicit_resolver("tag:yaml.org,2002:float", number, None)
     with one_sentence(path.name):
-        sections, comments = read_config(path)
+        text = path.read_text("utf-8")
+        sections = yaml.load(text, loader)
         names = [name for name, section in sections.items() if ("max_steps" in section) == (flag == "preset")]
     chooser = Parser(allow_abbrev=False, add_help=False)
     chooser.add_argument(f"--{flag}", choices=names, default=default,
@@ -1165,22 +1163,22 @@ def load_config(argv, flag, default, description, path=Path(__file__).with_name(
     parser = Parser(parents=[chooser], description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    # A comment gives its key help and type, in the first preset; of tasks in the task itself or the first that has it
-    known = {}
-    for section in names[:1] if flag == "preset" else [*names[::-1], name]:
-        known |= {key: (sections[section][key], comment) for key, comment in comments[section].items()}
+    # `<<` takes keys over from sections above: of a key's comments, the last one before the end of the section holds
+    end = re.search(rf"^{name}:.*?(?=^\S|\Z)", text, re.MULTILINE | re.DOTALL).end()
+    comments = dict(re.findall(r"^  (\w+):.*?\s# (.*)", text[:end], re.MULTILINE))
+    typical = sections["paper" if flag == "preset" else name]          # {key: a value of its type}
     values = [f"--{flag}={name}"]                  # of the section, as flags: one parser looks at all values
     for key, value in sections[name].items():
-        example, comment = known.get(key, ("", None))
+        example = typical.get(key, "")
         if isinstance(example, bool):
             kind = {"action": argparse.BooleanOptionalAction}
         elif isinstance(example, list):
             kind = {"type": type(example[0]), "nargs": "+"}
         else:
             kind = {"type": type(example), "choices": CHOICES.get(key)}
-        if comment:                                # else the parser will not know this key
+        if key in typical:                         # else the parser will not know this key
             spellings = dict.fromkeys([f"--{key}", f"--{key.replace('_', '-')}"])      # both, as accelerate does
-            parser.add_argument(*spellings, help=f"{comment} [{value}]".replace("%", "%%"), **kind)
+            parser.add_argument(*spellings, help=f"{comments.get(key, '')} [{value}]".replace("%", "%%"), **kind)
         if isinstance(value, list):
             values += [f"--{key}", *map(str, value)]
         elif value is True or value is False and isinstance(example, bool):

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 
@@ -68,7 +68,7 @@ def to_rgb(image):
 
 def upright(image):
     """The image, turned in place as its EXIF orientation says; as stored, where its EXIF cannot be parsed."""
-    image.load()                                                                        # raises what is not of EXIF
+    image.load()                                                    # a broken file must raise here, not below
     with contextlib.suppress(Exception):
         ImageOps.exif_transpose(image, in_place=True)
     image.info.pop("exif", None)                                                        # nobody need parse it again
@@ -78,7 +78,7 @@ def upright(image):
 def open_photo(file, name=None, turn=True):
     """The whole photo, upright or as stored, as a PIL image in RGB.   Raises: DataError, which calls it `name`."""
     with reading(name or file), Image.open(file) as image:
-        image.load()                                                                    # RGB would be read too late
+        image.load()                                                                    # before the file is closed
         return to_rgb(upright(image) if turn else image)
 
 
@@ -107,16 +107,6 @@ def read_crop(file, size, min_side=0, rng=None, crop_min=0.0):
     crop = transforms.functional.pil_to_tensor(crop)[None]                              # (1, 3, side, side) uint8
     crop = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]    # 3x as fast as Pillow
     return crop.flip(2) if rng and rng.random() < 0.5 else crop
-
-
-def color_jitter(image, strengths, rng):
-    """A (3, H, W) uint8 image with brightness, contrast, saturation and hue changed at random, in random order.
-
-    strengths: for the first three, a factor is drawn from 1 - s to 1 + s; for the hue, a shift from -s to s turns.
-    """
-    with torch.random.fork_rng(devices=[]):                             # ColorJitter has no generator of its own
-        torch.default_generator.manual_seed(rng.getrandbits(63))        # torch.manual_seed would reseed GPUs, too
-        return transforms.ColorJitter(*strengths)(image)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -159,9 +149,8 @@ class PhotoIndex:
                 found += sorted(os.path.join(folder, name) for folder, _, names in walk for name in names)
             else:
                 found.append(root)
-        runs = {path.rpartition(".")[0] for folder in {*map(os.path.dirname, found)} for suffix in ("jsonl", "state")
-                for path in glob.glob(os.path.join(glob.escape(folder), f"*.{suffix}"))}
-        own = {path for path in found if OWN_PICTURE.search(path) or path.endswith(".png") and path[:-4] in runs}
+        own = {path for path in found if OWN_PICTURE.search(path) or path.endswith(".png")
+               and any(os.path.exists(path[:-3] + suffix) for suffix in ("jsonl", "state"))}
         if own:
             self.notes.append(f"{len(own)} pictures that a run or a probe wrote are left out, first {min(own)}")
         self.files = [path for path in found if path.lower().endswith(IMAGE_SUFFIXES) and path not in own]
@@ -209,8 +198,8 @@ class Photos(Dataset):
 
     crop: "random", or "center", whatever n.   size, min_side, crop_min: as in read_crop.
     Item (n, position): n, and crop number n, of photo ids[position], (3, size, size) uint8: a pure function of both
-    and the seed. A photo that cannot be used is named in a warning, once per worker; another, drawn at random, takes its place.
-    Raises: DataError after `max_skipped` of them in a row: then the folder or a setting is wrong.
+    and the seed. A photo that cannot be used is named in a warning, once per worker, and another one, drawn at random,
+    takes its place.   Raises: DataError if none of `max_skipped` others can: then the folder or a setting is wrong.
     """
     max_skipped = 20
 
@@ -239,21 +228,16 @@ class Photos(Dataset):
         raise DataError(f"{tries} photos in a row cannot be used, first {self.skipped[first]} (--data_dir, --min_side)")
 
 
-class Draws(Sampler):
-    """Yields (n, position) for n = start to stop - 1, by n and seed alone: all positions, reshuffled every epoch."""
-    def __init__(self, length, start, stop, seed):
-        self.length, self.start, self.stop, self.seed = length, start, stop, seed
-
-    def __len__(self):
-        return self.stop - self.start
-
-    def __iter__(self):
-        for n in range(self.start, self.stop):
-            epoch, i = divmod(n, self.length)
-            if n == self.start or i == 0:
-                generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
-                order = torch.randperm(self.length, generator=generator)
-            yield n, int(order[i])
+def draw(length, start, stop, seed):
+    """[(n, position), ...] for n = start to stop - 1, by n and seed alone: all positions, reshuffled every epoch."""
+    samples, order = [], None
+    for n in range(start, stop):
+        epoch, i = divmod(n, length)
+        if order is None or i == 0:
+            generator = torch.Generator().manual_seed((seed << 20) + epoch)
+            order = torch.randperm(length, generator=generator).tolist()
+        samples.append((n, order[i]))
+    return samples
 
 
 def ignore_ctrl_c(worker_id):
@@ -276,13 +260,13 @@ def make_loaders(cfg, index, train_ids, val_ids, samples, accelerator):
     workers = {"num_workers": cfg.num_workers, "worker_init_fn": ignore_ctrl_c, "pin_memory": torch.cuda.is_available(),
                "generator": torch.Generator()}     # its own: no loader disturbs an exact resume
     photos = Photos(index, train_ids, *sizes, cfg.crop, cfg.crop_min, cfg.seed)
-    draws = Draws(len(photos), samples.start, samples.stop, cfg.seed)
+    drawn = draw(cfg.cache_crops or len(photos), samples.start, samples.stop, cfg.seed)
     if cfg.cache_crops:
-        crops = list(Draws(len(photos), 0, cfg.cache_crops, cfg.seed))
-        draws = [crops[i] for _, i in Draws(len(crops), samples.start, samples.stop, cfg.seed)]
+        crops = draw(len(photos), 0, cfg.cache_crops, cfg.seed)
+        drawn = [crops[i] for _, i in drawn]
     own = [(0, i) for i in range(accelerator.process_index, len(val_ids), world)]
     held_out = Photos(index, val_ids, *sizes, crop="center")
-    return (accelerator.prepare(DataLoader(photos, cfg.batch_size, sampler=draws, **workers)),
+    return (accelerator.prepare(DataLoader(photos, cfg.batch_size, sampler=drawn, **workers)),
             DataLoader(held_out, cfg.batch_size // world, sampler=own, **workers))
 
 
@@ -315,7 +299,8 @@ class Benchmark(Dataset):
         depth: (1, h, w) float32, meters; valid: (1, h, w) bool.                       (NYU, NAVI)
         normal: (3, h, w) float32, unit, x right, y down, z forward, away from the camera;
         normal_valid: (1, h, w) bool.                                                  (NAVI)
-    Raises: DataError for a missing root, folder or partner; when an item is read, for a file that cannot be used.
+    Raises: DataError for a missing root, folder or partner; when an item is read, for a file that cannot be used, or
+        of another shape than the first one that was read: they fit into no batch.
     """
     tree = ""                           # the expected folders, shown in errors
     square = False                      # center square crop, or the whole frame
@@ -331,6 +316,7 @@ class Benchmark(Dataset):
             raise DataError(f"no {split} samples below {self.root.resolve()}; expected\n{self.tree}")
         keep = min(limit, len(samples)) or len(samples)
         self.samples = [samples[i * len(samples) // keep] for i in range(keep)]
+        self.shape = None
 
     def __len__(self):
         return len(self.samples)
@@ -342,6 +328,9 @@ class Benchmark(Dataset):
         left, top = ((width - short) / 2, (height - short) / 2) if self.square else (0, 0)
         box = left, top, width - left, height - top
         h, w = (round(side * self.size / short) for side in (height - 2 * top, width - 2 * left))
+        self.shape = self.shape or (h, w)
+        if self.shape != (h, w):
+            raise DataError(f"{self.samples[index]} has another aspect than the image read first (--data_dir)")
         H, W = (max(1, round(side / self.patch_size)) * self.patch_size * self.scale for side in (h, w))
         photo = image.resize((W, H), self.resample, box=box)                            # antialiased
         return {"image": torch.from_numpy(np.array(photo)).permute(2, 0, 1), **self.targets(maps, box, h, w)}

@@ -8,9 +8,9 @@
     python probe.py --task cost --backbone dinov3_vits16 dinov3_vitb16              # GFLOPs, milliseconds, memory
 
 Rows: "baseline" is the backbone, alone without --ckpt; "BRIXEL" the checkpoint on the same image; "teacher" the
-backbone at 4x the side, the ceiling. Each gets its own small readout, trained with the same seeds, batches and steps on
-frozen features of the last layer. After every row out.TASK.json and out.TASK.png are written beside the checkpoint
-(--out). Prints a table beside the paper's numbers and, as the last line, one JSON object. Settings: config.yaml.
+backbone at `scale` times the side, the ceiling. Each gets its own small readout, trained with the same seeds, batches
+and steps on frozen features of the last layer. After every row out.TASK.json and out.TASK.png are written beside the
+checkpoint (--out). Prints a table beside the paper's and, as the last line, one JSON object. Settings: config.yaml.
 """
 import io
 import itertools
@@ -33,17 +33,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 from safetensors.torch import save
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import ColorJitter
 
 import brixel
-from data import ADE20K, IGNORE, NAVI, NYU, Cityscapes, DataError, PhotoIndex, color_jitter, open_photo
+from data import ADE20K, IGNORE, NAVI, NYU, Cityscapes, DataError, PhotoIndex, open_photo
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Readouts: what a probe predicts.  head(C) makes its trained part.  `batch`: a dict of stacked items of data.py.
-#    loss() gives a sum and a count, for several processes add up their counts; update() adds to .sums, which compute()
-#    divides once for a split.
+#    loss(pred, batch) -> sum, count: processes add up their counts before they divide.  update(pred, batch) adds to
+#    .sums, which compute() divides once, for the whole split.
 
 MIN_DEPTH, MAX_DEPTH = 0.001, 10.0      # range of the depth head and of the depth metrics
 
@@ -120,16 +122,19 @@ def align(pred, depth, valid):
 
 
 class Depth:
-    """Depth in meters, by DepthHead.  batch["depth"]: (B, 1, H, W) float32 m; batch["valid"]: (B, 1, H, W) bool."""
+    """Depth in meters, by DepthHead.  batch["depth"]: (B, 1, H, W) float32 m; batch["valid"]: (B, 1, H, W) bool.
+
+    limits: depths are clamped to them before they are compared.
+    """
     target = "depth"
     names = ("rmse", "abs_rel", "log10", "delta1", "delta2", "delta3")
 
-    def __init__(self, hidden=512, silog_beta=0.15, limits=(MIN_DEPTH, MAX_DEPTH)):    # of depths that are compared
+    def __init__(self, hidden=512, silog_beta=0.15, limits=(MIN_DEPTH, MAX_DEPTH)):
         self.silog_beta, self.limits, self.head = silog_beta, limits, partial(DepthHead, out_dim=256, width=hidden)
-        self.sums = torch.zeros(2, 7, dtype=torch.float64)         # as predicted, aligned; `names`, number of pixels
+        self.sums = torch.zeros(2, 7, dtype=torch.float64)         # as predicted, aligned: of `names`, pixel count
 
     def loss(self, pred, batch):
-        """SILog, mean square - beta * squared mean of the log difference: sum over images with depth, their number."""
+        """SILog of an image, mean(d²) - beta mean(d)², d = log pred - log depth.  Returns: sum, number of images."""
         n = batch["valid"].sum((1, 2, 3))                                               # (B,)
         diff = pred.clamp_min(1e-8).log() - batch["depth"].clamp_min(1e-8).log()
         diff = torch.where(batch["valid"], diff, 0)
@@ -238,30 +243,15 @@ BENCHMARKS = {
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. Frozen features, and the probe that is trained and scored on them
 
-class SameShape(Dataset):
-    """The images of a split.  One whose shape is not that of the first fits into no batch, and is an error."""
-    def __init__(self, images):
-        self.images, self.shapes = images, {key: value.shape for key, value in images[0].items()}
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        item = self.images[i]
-        if any(value.shape != self.shapes[key] for key, value in item.items()):
-            raise DataError(f"{self.images.samples[i]} has another aspect than the first image (--data_dir)")
-        return item
-
-
 class Features:
     """Frozen features of the images of one split, with their targets.  model: a backbone or a Brixel.
 
     Each process computes a share and gives it to the others. All are kept if they take at most `room` bytes, else they
-    are computed anew in every epoch. With color jitter (strengths as in data.color_jitter), which changes them in every
+    are computed anew in every epoch. With color jitter, four strengths as of ColorJitter, which changes them in every
     epoch, the images are kept instead. A broken file ends the run when it is met: if all are kept, before any training.
     """
     def __init__(self, images, model, acc, cfg, room, jitter=(0,)):
-        self.images, self.model, self.acc, self.cfg = SameShape(images), model, acc, cfg
+        self.images, self.model, self.acc, self.cfg = images, model, acc, cfg
         self.jitter = jitter if any(jitter) else None
         first = self.prepare(default_collate([self.images[0]]))
         self.nbytes = len(images) * sum(value.nbytes for value in first.values())
@@ -269,7 +259,8 @@ class Features:
                      for key, value in first.items()} if self.nbytes <= room else None
         loader = DataLoader(self.images, max(1, cfg.batch_size // acc.num_processes), num_workers=cfg.num_workers)
         start = 0
-        for batch in tqdm(acc.prepare(loader), desc=f"reading {images.split}", leave=False) if self.kept else ():
+        batches = tqdm(acc.prepare(loader), desc=f"reading {images.split}", leave=False) if self.kept else []
+        for batch in batches:
             batch = acc.gather_for_metrics(self.prepare(batch))                         # of all processes, in order
             for key, value in batch.items():
                 self.kept[key][start:start + len(value)] = value
@@ -307,9 +298,11 @@ class Features:
             batches = map(self.prepare, loader)
         for part, batch in zip(parts, batches, strict=True):
             if self.jitter:
-                rngs = [random.Random(f"{seed} {epoch} {i}") for i in part.tolist()]
-                images = map(color_jitter, batch["image"], itertools.repeat(self.jitter), rngs)
-                batch["features"] = self.extract(torch.stack(list(images)))
+                images = []
+                for i, image in zip(part.tolist(), batch["image"], strict=True):
+                    torch.manual_seed(random.Random(f"{seed} {epoch} {i}").getrandbits(63))        # of ColorJitter
+                    images.append(ColorJitter(*self.jitter)(image))
+                batch["features"] = self.extract(torch.stack(images))
             yield batch
 
 
@@ -397,8 +390,8 @@ def run_row(cfg, acc, size, model, scale, backbone):
     acc.free_memory()                                              # what the row before has left
     on_gpu = acc.device.type == "cuda"
     free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available / acc.num_processes
-    room = torch.tensor([min(free / 2, cfg.cache_gb * 1e9 or free)], device=acc.device)
-    room = acc.gather(room).min().item()                           # processes keep the same
+    wanted = cfg.cache_gb * 1e9 or free
+    room = acc.gather(torch.tensor([min(free / 2, wanted)], device=acc.device)).min().item()       # the same for all
     splits = [read_split(cfg, split, size, backbone.patch_size, scale) for split in ("train", "val")]
     train = Features(splits[0], model, acc, cfg, room, cfg.color_jitter)
     val = Features(splits[1], model, acc, cfg, room - train.nbytes * bool(train.kept))
@@ -411,8 +404,9 @@ def run_row(cfg, acc, size, model, scale, backbone):
     if len(scores) > 1:
         record |= {f"{name}_std": np.std([metrics[name] for metrics in scores], ddof=1).item() for name in scores[0]}
     if len(cfg.size) > 1:
-        call = partial(val.extract, splits[1][0]["image"][None].to(acc.device))
-        record["gflops"], (record["ms"],) = gflops(call), milliseconds([call], repeats=5)
+        image = splits[1][0]["image"][None].to(acc.device)
+        record["gflops"] = gflops(partial(model, image.float()))
+        record["ms"], = milliseconds([partial(val.extract, image)], repeats=5)
     return record, splits, pictures(probe, val)
 
 
@@ -426,7 +420,8 @@ def run_benchmark(cfg):
     # the readout trains in float32: mixed precision is the affair of Features alone; MPS has no float64
     acc = Accelerator(mixed_precision="no", cpu=torch.backends.mps.is_available())
     for split in ("train", "val"):                                 # a wrong folder is told before a backbone is fetched
-        if min(len(read_split(cfg, split, 1)), (cfg.batch_size + 1) // 2) < acc.num_processes:
+        smallest_batch = min(len(read_split(cfg, split, 1)), (cfg.batch_size + 1) // 2)
+        if smallest_batch < acc.num_processes:
             raise DataError(f"too few {split} images for {acc.num_processes} processes (--limit, --batch_size)")
     if cfg.ckpt:
         model = brixel.load(cfg.ckpt, cfg.backbone or None, cfg.weights or None)
@@ -606,8 +601,10 @@ def run_pca(cfg):
 
 def gflops(call):
     """GFLOPs of `call`; attention counted, a multiplication and an addition are 2 FLOPs."""
-    # torch's counter knows not every fused attention, but always the two matrix products of the plain one
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    # torch's counter knows not every fused attention, but always the two matrix products of the plain one, which only
+    # fake tensors afford: the teacher's attention matrices may be larger than a GPU
+    fake, plain = FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH)
+    with fake, plain, FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops() / 1e9
 
@@ -662,7 +659,10 @@ def run_cost(cfg):
 def main(argv=None):
     def run():
         cfg = brixel.load_config(argv, "task", "pca", __doc__)
-        {"pca": run_pca, "cost": run_cost}.get(cfg.task, run_benchmark)(cfg)
+        tasks = {"pca": run_pca, "cost": run_cost, **dict.fromkeys(BENCHMARKS, run_benchmark)}
+        if cfg.task not in tasks:
+            raise brixel.BrixelError(f"--task {cfg.task}: choose from {', '.join(tasks)}")
+        tasks[cfg.task](cfg)
     brixel.command("probe.py", run)
 
 
