@@ -28,38 +28,31 @@ def hit_sphere(rays, center, radius):
     return np.where(depth > 0, depth, np.inf), normal
 
 
-def render(shapes, textures, height, width, focal, texels_per_meter):
-    """Ray cast `shapes`, a list of (hit function, arguments, texture index).
-
-    Returns: image (H, W, 3) uint8; depth (H, W) m; unit normal (H, W, 3), away from the camera; shape's index (H, W).
-    """
-    x, y = np.arange(width) - (width - 1) / 2, np.arange(height) - (height - 1) / 2
-    rays = np.stack(np.broadcast_arrays(x / focal, y[:, None] / focal, 1.0), -1)
-    with np.errstate(divide="ignore"):
-        hits = [hit(rays, *arguments) for hit, arguments, _ in shapes]
-    depths = np.stack([depth for depth, _ in hits])
-    index, depth = depths.argmin(0), depths.min(0)
-    normal = np.take_along_axis(np.stack([normal for _, normal in hits]), index[None, ..., None], 0)[0]
-    normal = normal * np.sign((normal * rays).sum(-1, keepdims=True))
-    axes = np.array([[1, 2], [0, 2], [0, 1]])[np.abs(normal).argmax(-1)]           # texture plane: the two flat axes
-    uv = np.take_along_axis(rays * depth[..., None], axes, -1) * texels_per_meter % len(textures[0])
-    texture = np.array([texture for _, _, texture in shapes])[index]
-    image = np.stack(textures)[texture, uv[..., 1].astype(int), uv[..., 0].astype(int)]
-    light = 0.55 + 0.45 * np.abs(normal @ np.array([0.35, 0.75, 0.56]))
-    return (image * light[..., None]).astype(np.uint8), depth.astype(np.float32), normal.astype(np.float32), index
-
-
 def draw(rng, textures, height, width):
-    """A room (textures 0..2) with six spheres: image, depth, normal as render, texture seen (H, W) uint8."""
+    """A room (textures 0..2) with six spheres, seen with focal length 0.9 * width.
+
+    Returns: image (H, W, 3) uint8; depth (H, W) m; unit normal (H, W, 3), away from the camera; texture (H, W) uint8.
+    """
     tilt = rng.uniform(-0.08, 0.08, 2)
     planes = [((0.0, 1.0, tilt[0]), 1.4, 0), ((tilt[1], 0.0, 1.0), rng.uniform(4, 6), 1), ((1.0, 0.0, 0.1), 2.6, 1),
               ((-1.0, 0.0, 0.1), 2.6, 1), ((0.0, -1.0, 0.05), 1.5, 2)]
-    shapes = [(hit_plane, (np.array(n) / np.linalg.norm(n), offset), texture) for n, offset, texture in planes]
+    shapes = [(hit_plane, np.array(n) / np.linalg.norm(n), offset, texture) for n, offset, texture in planes]
     for _ in range(6):
         center = rng.uniform((-1.5, -0.6, 2), (1.5, 1.0, 4))
-        shapes.append((hit_sphere, (center, rng.uniform(0.25, 0.6)), int(rng.integers(3, len(textures)))))
-    image, depth, normal, index = render(shapes, textures, height, width, 0.9 * width, 0.3 * width)
-    return image, depth, normal, np.array([texture for _, _, texture in shapes], np.uint8)[index]
+        shapes.append((hit_sphere, center, rng.uniform(0.25, 0.6), int(rng.integers(3, len(textures)))))
+    x, y = np.arange(width) - (width - 1) / 2, np.arange(height) - (height - 1) / 2
+    rays = np.stack(np.broadcast_arrays(x / (0.9 * width), y[:, None] / (0.9 * width), 1.0), -1)
+    with np.errstate(divide="ignore"):
+        depths, normals = zip(*(hit(rays, place, size) for hit, place, size, _ in shapes))
+    index, depth = np.argmin(depths, 0), np.min(depths, 0)
+    normal = np.take_along_axis(np.stack(normals), index[None, ..., None], 0)[0]
+    normal = normal * np.sign((normal * rays).sum(-1, keepdims=True))
+    axes = np.array([[1, 2], [0, 2], [0, 1]])[np.abs(normal).argmax(-1)]           # texture plane: the two flat axes
+    uv = np.take_along_axis(rays * depth[..., None], axes, -1) * 0.3 * width % len(textures[0])
+    texture = np.array([texture for *_, texture in shapes], np.uint8)[index]
+    image = np.stack(textures)[texture, uv[..., 1].astype(int), uv[..., 0].astype(int)]
+    light = 0.55 + 0.45 * np.abs(normal @ np.array([0.35, 0.75, 0.56]))
+    return (image * light[..., None]).astype(np.uint8), depth.astype(np.float32), normal.astype(np.float32), texture
 
 
 def rooms(textures, splits, seed, height, width):
@@ -68,15 +61,6 @@ def rooms(textures, splits, seed, height, width):
     for split, count in splits.items():
         for i in range(count):
             yield split, i, *draw(rng, textures, height, width)
-
-
-def near_object(rng, n_textures):
-    """Shapes of one NAVI-like object, 10 cm wide at 30 cm (two spheres), before a wall; shape 0 is the wall."""
-    texture, center = int(rng.integers(3, n_textures)), rng.uniform((-0.02, -0.02, 0.28), (0.02, 0.02, 0.34))
-    beside = center + rng.choice([-1, 1], 3) * 0.045
-    return [(hit_plane, (np.array([0.1, 0.1, 0.99]), 0.7), int(rng.integers(0, 3))),
-            (hit_sphere, (center, rng.uniform(0.05, 0.08)), texture),
-            (hit_sphere, (beside, rng.uniform(0.03, 0.05)), (texture + 1) % n_textures)]
 
 
 def save(array, path, **options):
@@ -112,30 +96,28 @@ def write_nyu_parquet(root, textures, splits, seed=2, height=288, width=384):
         parquet.write_table(table, f"{root}/data/{split}-{i:05d}-of-{splits[split]:05d}.parquet")
 
 
-def write_navi(root, textures, splits, seed=3, height=480, width=640, objects=5, multiview=True):
-    """wild_set and, in half as many images, one multiview scene per object; every second photo has EXIF orientation 6.
+def write_navi(root, textures, splits, seed=3, height=480, width=640, objects=5):
+    """The spheres of rooms a tenth as large: wild_set and, in half as many images, one multiview scene per object.
+
+    Every second photo has EXIF orientation 6.
     Returns: {(object, scene, name): (image, depth, normal, mask)}, upright, full resolution.
     """
     rng, truth = np.random.default_rng(seed), {}
     marks = [split for split, count in splits.items() for _ in range(count)]
     for k in range(objects):
-        scenes = {"wild_set": marks[k::objects]}
-        if multiview:
-            scenes["multiview-00-pixel_5"] = marks[k::2 * objects]
-        for scene, its_marks in scenes.items():
+        for scene, its_marks in (("wild_set", marks[k::objects]), ("multiview-00-pixel_5", marks[k::2 * objects])):
             folder, rows = Path(root, f"object_{k}", scene), []
             for i, mark in enumerate(its_marks):
                 h, w = (height, width) if i % 2 else (width, height)               # portrait is stored turned
-                shapes, focal = near_object(rng, len(textures)), 1.3 * width
-                image, depth, normal, index = render(shapes, textures, h, w, focal, focal / 0.4)
-                mask, exif = index > 0, Image.Exif()
+                image, depth, normal, texture = draw(rng, textures, h, w)
+                depth, mask, exif = depth / 10, texture > 2, Image.Exif()
                 truth[f"object_{k}", scene, f"{i:03d}"] = image, depth, normal, mask
                 if i % 2 == 0:
                     image, exif[0x0112] = np.rot90(image), 6                       # 6: turn clockwise to view
                 save(image, folder / "images" / f"{i:03d}.jpg", quality=95, exif=exif)
                 save(np.where(mask, np.round(655.35 / depth), 0).astype(np.uint16), folder / "depth" / f"{i:03d}.png")
                 save(mask.astype(np.uint8) * 255, folder / "masks" / f"{i:03d}.png")
-                row = {"filename": f"{i:03d}.jpg", "image_size": [h, w], "camera": {"focal_length": focal}}
+                row = {"filename": f"{i:03d}.jpg", "image_size": [h, w], "camera": {"focal_length": 0.9 * w}}
                 rows.append(row | {"split": mark} if scene == "wild_set" else row)     # multiview scenes have no split
             (folder / "annotations.json").write_text(json.dumps(rows))
     return truth

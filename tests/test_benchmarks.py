@@ -140,7 +140,7 @@ def test_navi_photo_depth_and_normals_are_the_rendered_object(scenes):
         cosine = (item["normal"].permute(1, 2, 0).numpy() * normal).sum(-1)[item["normal_valid"][0]]
         errors.append(np.degrees(np.arccos(cosine.clip(-1, 1))))
     errors = np.concatenate(errors)
-    assert len(errors) > 48**2 / 2 and np.median(errors) < 1                        # far off at edges of the shapes
+    assert len(errors) > 48**2 / 2 and np.median(errors) < 2.5                      # small spheres, few pixels
 
 
 def test_navi_splits_and_the_copies_that_probe3d_leaves(copy):
