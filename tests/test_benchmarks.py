@@ -106,8 +106,7 @@ def test_nyu_of_other_shapes_and_units_is_the_same_or_refused(tmp_path):
     Image.fromarray(depth).save(pictures[1], "TIFF")
     same = [(image, depth[None]), (image.transpose(2, 0, 1) / 255, depth), (image.astype(float), depth[..., None]),
             [{"bytes": file.getvalue()} for file in pictures]]
-    wrong = [(image, depth * 1000), (image, depth / 10), (image, np.array(1)), (image / 127.5 - 1, depth),
-             (image.astype(int) * 257, depth), (image[..., 0], depth), (image[:-1], depth), (np.array(1), depth),
+    wrong = [(image, depth * 1000), (image, np.array(1)), (image / 127.5 - 1, depth), (image[:-1], depth),
              (image.transpose(1, 0, 2), depth.T)]
     for k, cells in enumerate(same + wrong):
         columns = zip(("image", "depth"), [[cell if isinstance(cell, dict) else cell.tolist()] for cell in cells])
@@ -189,13 +188,6 @@ def test_missing_or_empty_root_shows_the_expected_tree(reader, tmp_path):
         assert reader.tree in str(error.value)
 
 
-def test_missing_partners_are_counted_and_the_first_named(copy):
-    for name in ("000", "001"):
-        (copy / "object_1" / "wild_set" / "masks" / f"{name}.png").unlink()
-    with pytest.raises(data.DataError, match="^2 files missing for .* first: mask of object_1/wild_set/000; expected"):
-        data.NAVI(copy, "train", 32)
-
-
 def test_broken_files_are_named(copy):
     path = copy / "ADEChallengeData2016/annotations/training/ADE_train_00000001.png"
     for pixels, reason in ((np.full((60, 80), 151), "has label 151, allowed are 0 to 150"),
@@ -213,10 +205,15 @@ def test_broken_files_are_named(copy):
         data.NYU(copy, "train", 48)
 
 
-def test_navi_annotations_are_looked_at(copy):
+def test_navi_missing_files_are_counted_and_annotations_looked_at(copy):
     path = copy / "object_0/wild_set/annotations.json"
     rows = path.read_text()
     for old, new in (('"focal_length"', '"f"'), ('"focal_length": ', '"focal_length": -'), ('"val"', '"test"')):
         path.write_text(rows.replace(old, new))
         with pytest.raises(data.DataError, match=f"^{path}"):
             data.NAVI(copy, "val", 32, protocol="dataset")
+    path.write_text(rows)
+    for name in ("000", "001"):
+        (copy / f"object_1/wild_set/masks/{name}.png").unlink()
+    with pytest.raises(data.DataError, match="^2 files missing .* first: mask of object_1/wild_set/000"):
+        data.NAVI(copy, "train", 32)
