@@ -162,8 +162,8 @@ def test_patch_size_rounds_the_image_and_not_the_labels_and_limit_keeps_evenly_s
     assert item["image"].shape == (3, 56, 126) and item["label"].shape == (60, 120)
     item = data.NYU("nyuv2", "val", 48, patch_size=14, scale=4)[0]
     assert item["image"].shape == (3, 4 * 42, 4 * 70) and item["depth"].shape == (1, 48, 64)
-    everything, some, most = (data.NAVI("navi_v1.0", "val", 32, protocol="probe3d", limit=n).samples for n in (0, 4, 99))
-    assert some == [everything[i] for i in (0, 7, 15, 22)] and most == everything
+    everything, some, most = (data.NAVI("navi_v1.0", "train", 32, limit=n).samples for n in (0, 4, 99))
+    assert some == [everything[i] for i in (0, 6, 13, 19)] and most == everything
 
 
 @pytest.mark.parametrize("reader", [data.ADE20K, data.Cityscapes, data.NYU, data.NAVI])
