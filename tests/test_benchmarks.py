@@ -120,6 +120,7 @@ def test_navi_photo_depth_and_normals_are_the_rendered_object(benchmarks, scenes
         loaded = item["image"].permute(1, 2, 0).numpy()
         assert np.abs(loaded - image).mean() < 6 < np.abs(loaded[::-1] - image).mean()    # JPEG; upside down
         np.testing.assert_array_equal(item["valid"][0], mask)
+        assert not (item["normal_valid"] & ~item["valid"]).any()
         np.testing.assert_allclose(item["depth"][0].numpy()[mask], depth[mask], rtol=1e-3)
         np.testing.assert_allclose((item["depth"] * its_code["depth"])[item["valid"]], 0.65535, rtol=1e-5)
         cosine = (item["normal"].permute(1, 2, 0).numpy() * normal).sum(-1)[item["normal_valid"][0]]
@@ -146,15 +147,6 @@ def test_navi_splits_and_the_copies_that_probe3d_leaves(copy):
     assert len(names("dataset", "train")) == 24 and names("dataset", "val") == wild - names("dataset", "train")
     assert names("probe3d", "val") == wild
     assert {name.split("/")[1] for name in names("probe3d", "train")} == {"multiview-00-pixel_5"}
-
-
-def test_normals_of_a_tilted_plane_by_hand():
-    """The plane z + x = 1 seen with focal length 10: depth 1 / (1 + x / 10), normal (1, 0, 1) / sqrt 2."""
-    depth = np.tile(1 / (1 + (np.arange(9) - 4) / 10), (9, 1)).astype(np.float32)
-    depth[4, 4] = 0
-    normal, valid = data.normals_from_depth(depth, 10)
-    assert valid.sum() == 7 * 7 - 5 and not valid[4, 4] and not valid[4, 3] and not valid[0].any()
-    np.testing.assert_allclose(normal[:, valid], np.tile([[0.5**0.5], [0], [0.5**0.5]], valid.sum()), atol=1e-5)
 
 
 def test_patch_size_rounds_the_image_and_not_the_labels_and_limit_keeps_evenly_spaced_samples(benchmarks):

@@ -146,14 +146,10 @@ def test_launch_trains_and_leaves_checkpoint_picture_and_log(photos, tmp_path):
     assert Image.open(tmp_path / "out.png").width > 1000 and checkpoints(out) == ["step_0000003"]
 
 
-def test_training_changes_every_trainable_tensor_and_nothing_of_the_backbone(in_process, photos, tmp_path, monkeypatch):
-    backbone = brixel.load_backbone("timm:test_vit", None)
-    before = {key: value.clone() for key, value in backbone.state_dict().items()}
-    monkeypatch.setattr(brixel, "load_backbone", lambda *_: backbone)
+def test_training_changes_every_trainable_tensor(in_process, photos, tmp_path):
     common = [*FAST, "--data_dir", photos, "--preset", "best"]
     in_process(*common, "--out", tmp_path / "one.pt", "--max_steps", 1)
     in_process(*common, "--out", tmp_path / "out.pt")
-    assert all(torch.equal(before[key], value) for key, value in backbone.state_dict().items())
     first, last = weights_of(tmp_path / "one.pt"), weights_of(tmp_path / "out.pt")
     assert not [key for key in first if torch.equal(first[key], last[key])]
 
@@ -194,9 +190,8 @@ def test_init_takes_what_load_takes_and_refuses_another_network(in_process, phot
         for a, b in zip(want.upsampler.parameters(), got.upsampler.parameters(), strict=True):
             assert torch.equal(a, b)
         assert got.settings["skip"] == want.settings["skip"] and got.settings["training"]["init"] == str(start_from)
-    for other, words in ((["--full_rank"], "full_rank"), (["--scale", 2, "--teacher_size", 64], "scale")):
-        message = error_of(in_process, *init, first, "--out", tmp_path / "third.pt", *other)
-        assert "--init" in message and str(first) in message and words in message
+    message = error_of(in_process, *init, first, "--out", tmp_path / "third.pt", "--full_rank")
+    assert "--init" in message and str(first) in message and "full_rank" in message
 
 
 def test_existing_run_is_kept_until_a_run_that_overwrites_it_has_read_its_photos(in_process, photos, tmp_path):
