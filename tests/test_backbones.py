@@ -107,7 +107,6 @@ TRANSFORMERS = {
     "dinov3": lambda: t.DINOv3ViTModel(t.DINOv3ViTConfig(use_gated_mlp=True, num_register_tokens=4, **SIZES)),
     "siglip": lambda: t.SiglipModel(t.SiglipConfig(vision_config=PIXELS, text_config=SIZES)),
     "vit": lambda: t.ViTModel(t.ViTConfig(**PIXELS)),
-    "mae": lambda: t.ViTMAEModel(t.ViTMAEConfig(**PIXELS)),
     "mae_of_all": lambda: t.ViTMAEModel(t.ViTMAEConfig(mask_ratio=0.0, **PIXELS)),
     "yolos": lambda: t.YolosModel(t.YolosConfig(**PIXELS | {"image_size": [64, 64]}, num_detection_tokens=10)),
     "naflex": lambda: t.Siglip2VisionModel(t.Siglip2VisionConfig(patch_size=16, **SIZES)),
@@ -195,7 +194,7 @@ def test_folder_that_lacks_a_weight_is_refused(tmp_path):
     ("open_clip:ViT-B-32/openai", None), ("open_clip:nothing/webli", None),          # no ViT of timm, no such one
     ("open_clip:ViT-B-16-SigLIP2-256/nothing", "pretrained"), ("sample", "x.pth"), ("hf:x/y", "x.pth"),
     ("timm:vit_tiny_r_s16_p8_224", None),                                            # tokens are not one a patch
-    *((f"hf:{name}", "pretrained") for name in ("mae", "mae_of_all", "yolos", "naflex")),
+    *((f"hf:{name}", "pretrained") for name in ("mae_of_all", "yolos", "naflex")),
     *((name, "pretrained") for name in ("dinov3_vits16", "open_clip:PE-Core-B-16/meta", "hf:no/body"))])    # no Hub
 def test_backbone_that_cannot_be_loaded_is_one_sentence(name, weights, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -122,15 +122,6 @@ def test_lr_at_by_hand():
     assert brixel.lr_at(99, cfg, steps_per_epoch=20) == 2e-3
 
 
-def test_muon_gets_exactly_the_matrices():
-    upsampler = brixel.Upsampler(64, full_rank=True)
-    adam, muon = brixel.make_optimizers(upsampler, settings("--optimizer", "muon"))
-    others, matrices = ([p for group in optimizer.param_groups for p in group["params"]] for optimizer in (adam, muon))
-    assert type(adam) is torch.optim.Adam and type(muon) is torch.optim.Muon
-    assert {p.ndim for p in matrices} == {2} and 2 not in {p.ndim for p in others}
-    assert {id(p) for p in others + matrices} == {id(p) for p in upsampler.parameters()}
-
-
 def test_launch_trains_and_leaves_checkpoint_picture_and_log(photos, tmp_path):
     out = tmp_path / "out.pt"
     flags = ["--data_dir", photos, "--out", out, *"--max_steps 3 --num_workers 1 --eval_every 2".split()]
