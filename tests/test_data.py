@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import photo
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader
 
 import data
 
@@ -83,8 +82,7 @@ def test_random_crops_cover_crop_min_to_all_of_the_short_side_and_half_are_flipp
 
 def test_large_jpeg_is_decoded_at_a_reduced_scale_and_gives_the_same_picture(monkeypatch):
     picture, decoded = Image.fromarray(photo(np.random.default_rng(0), 900, 1200)), []
-    to_rgb = data.to_rgb
-    monkeypatch.setattr(data, "to_rgb", lambda crop: decoded.append(crop.width) or to_rgb(crop))
+    monkeypatch.setattr(data, "to_rgb", lambda crop, real=data.to_rgb: decoded.append(crop.width) or real(crop))
     fast = data.read_crop(saved(picture, "JPEG", quality=95), 100, 0, random.Random(3), 0.5).float()
     slow = data.read_crop(saved(picture, "PNG"), 100, 0, random.Random(3), 0.5).float()
     assert 100 <= decoded[0] < decoded[1] / 3.5 and (fast - slow).abs().mean() < 3
@@ -119,18 +117,6 @@ def test_draws_cover_every_epoch_in_a_new_order_and_go_on_wherever_a_run_is_resu
     assert list(data.Draws(9, 0, 36, seed=8)) != samples
     for start in (0, 3, 9, 35):
         assert list(data.Draws(9, start, 36, seed=7)) == samples[start:]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_crop_is_a_pure_function_of_number_photo_and_seed(photos, workers):
-    dataset = data.Photos(data.PhotoIndex(photos), [0, 2, 4, 5], 64, crop_min=0.3, seed=7)
-    loader = DataLoader(dataset, 3, sampler=data.Draws(len(dataset), 0, 6, 7), num_workers=workers)
-    numbers, crops = (torch.cat(parts) for parts in zip(*loader))
-    assert numbers.tolist() == list(range(6))
-    assert crops.shape == (6, 3, 64, 64) and crops.dtype == torch.uint8
-    for n, position in data.Draws(4, 0, 6, 7):
-        file = photos / f"{[0, 2, 4, 5][position]}.jpg"
-        assert torch.equal(crops[n], data.read_crop(file, 64, 0, random.Random(f"7/{n}"), 0.3))
 
 
 def test_photo_that_cannot_be_used_is_named_once_another_takes_its_place_and_twenty_in_a_row_end_the_run(photos):

@@ -52,8 +52,6 @@ def test_the_commands_run_one_after_the_other(photos, benchmarks, fresh_accelera
     Path("PHOTOS").symlink_to(photos)
     Path("assets").symlink_to(ROOT / "assets")
     assert len(COMMANDS) >= 10
-    for verbatim in ("accelerate launch brixel.py --backbone dinov3", "python probe.py --task navi --ckpt out.pt"):
-        assert verbatim in COMMANDS
     for command in COMMANDS:
         script, args = script_and_args(command)
         if script == "brixel.py":

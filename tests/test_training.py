@@ -60,7 +60,6 @@ def test_every_key_is_a_flag_with_its_comment_as_help(capsys, monkeypatch):
     assert comments.keys() | {"preset"} == vars(settings()).keys()
     for key, comment in comments.items():
         assert re.search(rf"^  --{key}\b.*\s+{re.escape(comment)} \[", text, re.M), key
-    assert "[sample]" in text                      # the section's own value
     assert settings("--max-steps", "7", "--no-resume").max_steps == 7
 
 
@@ -77,11 +76,10 @@ def config_with(tmp_path, section):
     return path
 
 
-@pytest.mark.parametrize("value, number", [("1e-3", 1e-3), ("2", 2.0), ("1.5E+2", 150.0)])
-def test_a_preset_of_ones_own_at_the_end_of_the_file_works(tmp_path, value, number):
-    path = config_with(tmp_path, f"mine:\n  <<: *best\n  lr: {value}\n  data_dir: fot\u00f3s")
+def test_a_preset_of_ones_own_at_the_end_of_the_file_works(tmp_path):
+    path = config_with(tmp_path, "mine:\n  <<: *best\n  lr: 1e-3\n  lr_decay: 1\n  data_dir: fot\u00f3s")
     cfg = settings("--preset", "mine", path=path)
-    assert type(cfg.lr) is float and cfg.lr == number and cfg.full_rank and cfg.data_dir == "fot\u00f3s"
+    assert (cfg.lr, type(cfg.lr_decay), cfg.full_rank, cfg.data_dir) == (1e-3, float, True, "fot\u00f3s")
 
 
 @pytest.mark.parametrize("line, words", [
@@ -98,11 +96,9 @@ def test_a_mistake_in_the_config_is_one_sentence(tmp_path, line, words):
 @pytest.mark.parametrize("args, sentence", [
     (["--lr", "fast"], "--lr.*'fast'"), (["--lr", "nan"], "--lr"), (["--num_workers", "-1"], "--num_workers"),
     (["--max_step", "5"], "--max_step"), (["--preset", "ade20k"], "--preset.*'ade20k'"), (["--k", "0"], "--k"),
-    (["--teacher_size", "130"], "4 x 16 .--teacher_size"), (["--scale", "3", "--teacher_size", "144"], "--scale.*3"),
-    (["--crop_min", "1.5"], "--crop_min"), (["--mixed_precision", "fp16"], "precision.*'fp16'"),
-    (["--val_share", "1"], "val_share"), (["--optimizer", "sgd"], "--optimizer.*'sgd'.*adam.*muon"),
+    (["--teacher_size", "130"], "4 x 16 .--teacher_size"), (["--optimizer", "sgd"], "--optimizer.*'sgd'.*adam.*muon"),
+    (["--crop_min", "1.5"], "--crop_min"), (["--backbone", "dinov9"], "'dinov9'.*dinov3_vitb16.*sample.*siglip2"),
     (["--data_dir", "no/such/folder", "--backbone", "dinov9"], "no/such/folder.*--data_dir"),
-    (["--backbone", "dinov9"], "'dinov9'.*dinov3_vitb16.*sample.*siglip2"), (["--seed", "99999999999"], "--seed"),
     (["--out", "no/such/folder/out.pt"], "--out .*no/such/folder"), (["--out", "out.bin"], "--out out.bin"),
     (["--init", "none.pt"], "none.pt .*--init"), (["--resume"], "out.state.*--overwrite.*--resume")])
 def test_impossible_settings_are_one_sentence_and_write_nothing(
@@ -178,8 +174,7 @@ def test_init_takes_what_load_takes_and_refuses_another_network(in_process, phot
     for start_from in (first, tmp_path / "released.safetensors"):
         in_process(*init, start_from, "--out", tmp_path / "second.pt", "--overwrite")
         want, got = (brixel.load(path, "timm:test_vit", "none") for path in (start_from, tmp_path / "second.pt"))
-        for a, b in zip(want.upsampler.parameters(), got.upsampler.parameters(), strict=True):
-            assert torch.equal(a, b)
+        assert all(map(torch.equal, want.upsampler.parameters(), got.upsampler.parameters()))
         assert got.settings["skip"] == want.settings["skip"] and got.settings["training"]["init"] == str(start_from)
     message = error_of(in_process, *init, first, "--out", tmp_path / "third.pt", "--full_rank")
     assert "--init" in message and str(first) in message and "full_rank" in message
@@ -253,8 +248,7 @@ def test_run_killed_at_a_random_moment_resumes_bit_for_bit(in_process, photos, t
 def test_resume_refuses_another_run_and_names_every_other_change(in_process, photos, tmp_path, capsys):
     common = [*FAST, "--data_dir", photos, "--out", tmp_path / "out.pt"]
     in_process(*common, "--max_steps", 1)
-    for args, words in ((["--seed", 1], "seed was 42, is 1"), (["--batch_size", 1], "batch_size was 2, is 1"),
-                        (["--optimizer", "muon"], "optimizer was 'adam', is 'muon'")):
+    for args, words in ((["--seed", 1], "seed was 42, is 1"), (["--optimizer", "muon"], "'adam', is 'muon'")):
         assert words in error_of(in_process, *common, "--resume", *args)
     in_process(*common, "--resume", "--lr", "0.5", "--max_steps", 2)
     output = capsys.readouterr().out
