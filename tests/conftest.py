@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import render
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
@@ -27,6 +28,28 @@ def photo(rng, height=150, width=180):
     for y, x in rng.integers(0, (height - 40, width - 40), (5, 2)):
         pixels[y:y + 40, x:x + 30] = rng.integers(0, 255, 3)
     return pixels
+
+
+TEXTURES = [photo(np.random.default_rng(i), 128, 128) for i in range(12)]
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """Folder with the four benchmarks, small, under the names of the README; and what NAVI's writer says is true."""
+    root, splits = tmp_path_factory.mktemp("scenes"), {"train": 3, "val": 3}
+    render.write_ade20k(root, TEXTURES, splits)
+    render.write_cityscapes(root / "cityscapes", TEXTURES, splits)
+    render.write_nyu_parquet(root / "nyuv2", TEXTURES, splits)
+    return root, render.write_navi(root / "navi_v1.0", TEXTURES, {"train": 24, "val": 6})
+
+
+@pytest.fixture
+def benchmarks(scenes, tmp_path, monkeypatch):
+    """The working folder, with links to the four benchmarks."""
+    monkeypatch.chdir(tmp_path)
+    for folder in scenes[0].iterdir():
+        Path(folder.name).symlink_to(folder)
+    return tmp_path
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Rendered stand-ins for ADE20K, Cityscapes, NYU and NAVI: real on-disk formats, exact depth, normals and classes.
 
-A pinhole camera (x right, y down, z forward) sees planes and spheres, textured with pictures (side, side, 3) uint8,
+A pinhole camera (x right, y down, z forward) sees a wall and spheres, painted with pictures (side, side, 3) uint8,
 one a class.
 """
 import json
@@ -14,69 +14,35 @@ from pyarrow import parquet
 NESTED = pyarrow.list_(pyarrow.list_(pyarrow.list_(pyarrow.float32())))        # a cell of Array3D of datasets
 
 
-def hit_plane(rays, normal, offset):
-    """Plane normal . x = offset along rays (H, W, 3), z = 1.  -> depth (H, W), inf where missed; normal (H, W, 3)."""
-    depth = offset / (rays @ normal)
-    return np.where(depth > 0, depth, np.inf), np.broadcast_to(normal, rays.shape)
-
-
-def hit_sphere(rays, center, radius):
-    a, b, c = (rays**2).sum(-1), rays @ center, center @ center - radius**2
-    root = b**2 - a * c
-    depth = np.where(root > 0, (b - np.sqrt(np.maximum(root, 0))) / a, np.inf)
-    normal = (rays * np.where(np.isfinite(depth), depth, 0)[..., None] - center) / radius
-    return np.where(depth > 0, depth, np.inf), normal
-
-
-def render(shapes, textures, height, width, focal, texels_per_meter):
-    """Ray cast `shapes`, a list of (hit function, arguments, texture index).
-
-    Returns: image (H, W, 3) uint8; depth (H, W) m; unit normal (H, W, 3), away from the camera; shape's index (H, W).
-    """
-    x, y = np.arange(width) - (width - 1) / 2, np.arange(height) - (height - 1) / 2
-    rays = np.stack(np.broadcast_arrays(x / focal, y[:, None] / focal, 1.0), -1)
-    with np.errstate(divide="ignore"):
-        hits = [hit(rays, *arguments) for hit, arguments, _ in shapes]
-    depths = np.stack([depth for depth, _ in hits])
-    index, depth = depths.argmin(0), depths.min(0)
-    normal = np.take_along_axis(np.stack([normal for _, normal in hits]), index[None, ..., None], 0)[0]
-    normal = normal * np.sign((normal * rays).sum(-1, keepdims=True))
-    axes = np.array([[1, 2], [0, 2], [0, 1]])[np.abs(normal).argmax(-1)]           # texture plane: the two flat axes
-    uv = np.take_along_axis(rays * depth[..., None], axes, -1) * texels_per_meter % len(textures[0])
-    texture = np.array([texture for _, _, texture in shapes])[index]
-    image = np.stack(textures)[texture, uv[..., 1].astype(int), uv[..., 0].astype(int)]
-    light = 0.55 + 0.45 * np.abs(normal @ np.array([0.35, 0.75, 0.56]))
-    return (image * light[..., None]).astype(np.uint8), depth.astype(np.float32), normal.astype(np.float32), index
-
-
 def draw(rng, textures, height, width):
-    """A room (textures 0..2) with six spheres: image, depth, normal as render, texture seen (H, W) uint8."""
-    tilt = rng.uniform(-0.08, 0.08, 2)
-    planes = [((0.0, 1.0, tilt[0]), 1.4, 0), ((tilt[1], 0.0, 1.0), rng.uniform(4, 6), 1), ((1.0, 0.0, 0.1), 2.6, 1),
-              ((-1.0, 0.0, 0.1), 2.6, 1), ((0.0, -1.0, 0.05), 1.5, 2)]
-    shapes = [(hit_plane, (np.array(n) / np.linalg.norm(n), offset), texture) for n, offset, texture in planes]
+    """A tilted wall (texture 0) and six spheres before it, seen with focal length 0.9 * width.
+
+    Returns: image (H, W, 3) uint8; depth (H, W) m; unit normal (H, W, 3), away from the camera; texture (H, W) uint8.
+    """
+    x, y = np.arange(width), np.arange(height)[:, None]
+    rays = [(x - (width - 1) / 2) / (0.9 * width), (y - (height - 1) / 2) / (0.9 * width), 1.0]
+    rays = np.stack(np.broadcast_arrays(*rays), -1)                                # (H, W, 3), z = 1
+    wall = np.array([*rng.uniform(-0.2, 0.2, 2), 1])
+    wall /= np.linalg.norm(wall)
+    depth, normal = rng.uniform(4, 6) / (rays @ wall), np.broadcast_to(wall, rays.shape).copy()
+    texture = np.zeros((height, width), np.uint8)
     for _ in range(6):
-        center = rng.uniform((-1.5, -0.6, 2), (1.5, 1.0, 4))
-        shapes.append((hit_sphere, (center, rng.uniform(0.25, 0.6)), int(rng.integers(3, len(textures)))))
-    image, depth, normal, index = render(shapes, textures, height, width, 0.9 * width, 0.3 * width)
-    return image, depth, normal, np.array([texture for _, _, texture in shapes], np.uint8)[index]
+        center, radius = rng.uniform((-1.5, -1, 2), (1.5, 1, 3)), rng.uniform(0.25, 0.6)
+        a, b, c = (rays**2).sum(-1), rays @ center, center @ center - radius**2
+        near = (b - np.sqrt(np.maximum(b**2 - a * c, 0))) / a
+        hit = (b**2 > a * c) & (near < depth)
+        depth[hit], texture[hit] = near[hit], rng.integers(1, len(textures))
+        normal[hit] = (center - rays[hit] * near[hit, None]) / radius
+    image = np.array(textures)[texture, y % len(textures[0]), x % len(textures[0])]
+    return image, depth.astype(np.float32), normal.astype(np.float32), texture
 
 
-def rooms(textures, splits, seed, height, width):
-    """(split, number, *draw(...)) of the rooms of all splits, {"train": n, "val": n}."""
+def scenes(textures, splits, seed, height, width):
+    """(split, number, *draw(...)) of the scenes of all splits, {"train": n, "val": n}."""
     rng = np.random.default_rng(seed)
     for split, count in splits.items():
         for i in range(count):
             yield split, i, *draw(rng, textures, height, width)
-
-
-def near_object(rng, n_textures):
-    """Shapes of one NAVI-like object, 10 cm wide at 30 cm (two spheres), before a wall; shape 0 is the wall."""
-    texture, center = int(rng.integers(3, n_textures)), rng.uniform((-0.02, -0.02, 0.28), (0.02, 0.02, 0.34))
-    beside = center + rng.choice([-1, 1], 3) * 0.045
-    return [(hit_plane, (np.array([0.1, 0.1, 0.99]), 0.7), int(rng.integers(0, 3))),
-            (hit_sphere, (center, rng.uniform(0.05, 0.08)), texture),
-            (hit_sphere, (beside, rng.uniform(0.03, 0.05)), (texture + 1) % n_textures)]
 
 
 def save(array, path, **options):
@@ -84,58 +50,56 @@ def save(array, path, **options):
     Image.fromarray(array).save(path, **options)
 
 
-def write_ade20k(root, textures, splits, seed=0, height=480, width=640):
+def write_ade20k(root, textures, splits, seed=0, height=60, width=80):
     label_of = np.array([4, 1, 6, 8, 16, 20, 34, 45, 64, 93, 120, 132], np.uint8)       # label of texture 0, 1, ...
     root, folders = Path(root, "ADEChallengeData2016"), {"train": "training", "val": "validation"}
-    for split, i, image, _, _, classes in rooms(textures, splits, seed, height, width):
+    for split, i, image, _, _, classes in scenes(textures, splits, seed, height, width):
         labels = label_of[classes]
         labels[:, :4] = 0                                                         # unlabeled border
         save(image, root / "images" / folders[split] / f"ADE_{split}_{i + 1:08d}.jpg", quality=95)
         save(labels, root / "annotations" / folders[split] / f"ADE_{split}_{i + 1:08d}.png")
 
 
-def write_cityscapes(root, textures, splits, seed=1, height=448, width=896):
+def write_cityscapes(root, textures, splits, seed=1, height=64, width=128):
     id_of = np.array([7, 11, 23, 26, 24, 21, 33, 8, 12, 28, 17, 1], np.uint8)      # the last is not evaluated
-    for split, i, image, _, _, classes in rooms(textures, splits, seed, height, width):
+    for split, i, image, _, _, classes in scenes(textures, splits, seed, height, width):
         city = ("aachen", "bochum")[i % 2]
         name = f"{split}/{city}/{city}_{i:06d}_000019"
         save(image, Path(root, "leftImg8bit", f"{name}_leftImg8bit.png"), compress_level=1)
         save(id_of[classes], Path(root, "gtFine", f"{name}_gtFine_labelIds.png"), compress_level=1)
 
 
-def write_nyu_parquet(root, textures, splits, seed=2, height=288, width=384):
+def write_nyu_parquet(root, textures, splits, seed=2, height=48, width=64):
     """As tanganke/nyuv2, without its columns segmentation and normal: nested lists; a file per photo."""
     Path(root, "data").mkdir(parents=True)
-    for split, i, image, depth, _, _ in rooms(textures, splits, seed, height, width):
+    for split, i, image, depth, _, _ in scenes(textures, splits, seed, height, width):
         row = {"image": image.transpose(2, 0, 1) / 255, "depth": depth[None]}
         table = pyarrow.table({name: pyarrow.array([x.tolist()], NESTED) for name, x in row.items()})
         parquet.write_table(table, f"{root}/data/{split}-{i:05d}-of-{splits[split]:05d}.parquet")
 
 
-def write_navi(root, textures, splits, seed=3, height=480, width=640, objects=5, multiview=True):
-    """wild_set and, in half as many images, one multiview scene per object; every second photo has EXIF orientation 6.
+def write_navi(root, textures, splits, seed=3, height=96, width=128, objects=2):
+    """The spheres of scenes a tenth as large: wild_set and, in half as many images, one multiview scene per object.
+
+    Every second photo has EXIF orientation 6.
     Returns: {(object, scene, name): (image, depth, normal, mask)}, upright, full resolution.
     """
     rng, truth = np.random.default_rng(seed), {}
     marks = [split for split, count in splits.items() for _ in range(count)]
     for k in range(objects):
-        scenes = {"wild_set": marks[k::objects]}
-        if multiview:
-            scenes["multiview-00-pixel_5"] = marks[k::2 * objects]
-        for scene, its_marks in scenes.items():
+        for scene, its_marks in (("wild_set", marks[k::objects]), ("multiview-00-pixel_5", marks[k::2 * objects])):
             folder, rows = Path(root, f"object_{k}", scene), []
             for i, mark in enumerate(its_marks):
                 h, w = (height, width) if i % 2 else (width, height)               # portrait is stored turned
-                shapes, focal = near_object(rng, len(textures)), 1.3 * width
-                image, depth, normal, index = render(shapes, textures, h, w, focal, focal / 0.4)
-                mask, exif = index > 0, Image.Exif()
+                image, depth, normal, texture = draw(rng, textures, h, w)
+                depth, mask, exif = depth / 10, texture > 0, Image.Exif()
                 truth[f"object_{k}", scene, f"{i:03d}"] = image, depth, normal, mask
                 if i % 2 == 0:
                     image, exif[0x0112] = np.rot90(image), 6                       # 6: turn clockwise to view
                 save(image, folder / "images" / f"{i:03d}.jpg", quality=95, exif=exif)
                 save(np.where(mask, np.round(655.35 / depth), 0).astype(np.uint16), folder / "depth" / f"{i:03d}.png")
                 save(mask.astype(np.uint8) * 255, folder / "masks" / f"{i:03d}.png")
-                row = {"filename": f"{i:03d}.jpg", "image_size": [h, w], "camera": {"focal_length": focal}}
+                row = {"filename": f"{i:03d}.jpg", "image_size": [h, w], "camera": {"focal_length": 0.9 * w}}
                 rows.append(row | {"split": mark} if scene == "wild_set" else row)     # multiview scenes have no split
             (folder / "annotations.json").write_text(json.dumps(rows))
     return truth

@@ -1,13 +1,10 @@
-"""The network, the losses, the checkpoints and the pictures of brixel.py."""
+"""The network, the losses and the checkpoints of brixel.py."""
 
 import json
-import re
 import shutil
 import subprocess
 import sys
-from types import ModuleType
 
-import numpy as np
 import onnxruntime
 import pytest
 import torch
@@ -53,13 +50,6 @@ def test_network_agrees_with_the_released_one_and_compiles_without_graph_breaks(
         grid = [side // 16 for side in io["image"].shape[2:]]
         layers = [io[f"backbone.layer{i}.patch"].mT.unflatten(2, grid) for i in range(4)]
         torch.testing.assert_close(network(io["image"], layers), io["output"], atol=5e-5, rtol=0)
-
-
-@pytest.mark.parametrize("embed_dim, count", [(384, 2_108_288), (768, 6_683_072), (1280, 16_911_552)])
-def test_trainable_parameters_are_the_live_ones(embed_dim, count):
-    with torch.device("meta"):
-        upsampler = brixel.Upsampler(embed_dim)
-    assert sum(p.numel() for p in upsampler.parameters()) == count
 
 
 @pytest.mark.parametrize("patch_size, scale, h, w", [(14, 4, 3, 3), (14, 8, 5, 4), (16, 2, 3, 7)])
@@ -138,19 +128,14 @@ def test_cosine_loss_of_two_tokens_by_hand():
     assert brixel.cosine_loss(student, teacher).item() == pytest.approx(1 - (0 + 1) / 2)
 
 
-def test_brixel_loss_is_the_weighted_sum_of_its_terms():
-    student, teacher = torch.randn(2, 2, 16, 12, 12)
+def test_brixel_loss_is_the_weighted_sum_of_its_terms_and_taken_in_float32():
+    student, teacher = torch.randn(2, 2, 16, 12, 12).bfloat16()
     P, mean = torch.linalg.qr(torch.randn(16, 4)).Q, torch.randn(16)
     total, terms = brixel.brixel_loss(student, teacher, 0.2, 0.03, 2.0, P=P, mean=mean)
     assert terms["edge"] == brixel.edge_loss(student, teacher, P=P)
     assert terms["cosine"] == brixel.cosine_loss(student, teacher, mean) != brixel.cosine_loss(student, teacher)
     assert total == terms["l1"] + 0.2 * terms["edge"] + 0.03 * terms["spectral"] + 2 * terms["cosine"]
-
-
-def test_losses_of_bfloat16_maps_are_taken_in_float32():
-    maps = torch.randn(2, 2, 16, 12, 12).bfloat16()
-    for loss in (brixel.l1_loss, brixel.edge_loss, brixel.spectral_loss, brixel.cosine_loss):
-        torch.testing.assert_close(loss(*maps), loss(*maps.float()))        # of the same dtype, too
+    assert total == brixel.brixel_loss(student.float(), teacher.float(), 0.2, 0.03, 2.0, P=P, mean=mean)[0]
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -197,9 +182,7 @@ def test_released_checkpoint_drops_dead_keys_only(tmp_path):
         brixel.load(path)
 
 
-def test_imports_run_one_way_and_brixel_alone_in_a_folder_runs_a_checkpoint(tmp_path):
-    for file, others in (("brixel.py", "probe"), ("data.py", "brixel|probe")):
-        assert not re.search(rf"^\s*(import|from)\b.*\b({others})\b", (ROOT / file).read_text(), re.MULTILINE)
+def test_brixel_alone_in_a_folder_runs_a_checkpoint_and_says_when_it_needs_data(tmp_path):
     shutil.copy(ROOT / "brixel.py", tmp_path)
     brixel.Brixel(brixel.load_backbone("timm:test_vit", None)).save(tmp_path / "out.pt")
     code = """
@@ -209,16 +192,10 @@ import brixel
 new = {name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
 assert new <= {"brixel", "torch"}, new
 print(brixel.load("out.pt")(torch.zeros(1, 3, 64, 48)).shape)
+brixel.load_backbone("sample")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "[1, 64, 16, 12]" in done.stdout, done.stderr
-
-
-def test_another_module_called_data_or_none_is_one_sentence(monkeypatch):
-    for module in (ModuleType("data"), None):
-        monkeypatch.setitem(sys.modules, "data", module)
-        with pytest.raises(BrixelError, match="data.py"):
-            brixel.load_backbone("sample")
+    assert "[1, 64, 16, 12]" in done.stdout and "BrixelError: data.py of BRIXEL must lie beside" in done.stderr
 
 
 def test_onnx_agrees_with_pytorch_for_any_batch(tmp_path):
@@ -229,12 +206,3 @@ def test_onnx_agrees_with_pytorch_for_any_batch(tmp_path):
         x = torch.randn(batch, 3, 48, 48)
         got = torch.from_numpy(session.run(None, {"image": x.numpy()})[0])
         torch.testing.assert_close(got, model(x).detach(), atol=1e-4, rtol=0)
-
-
-def test_panel_is_a_png_of_rows_and_columns_of_colored_maps(tmp_path):
-    reference = torch.randn(1, 8, 8, 16)
-    scaled, same = brixel.pca_rgb(100 * reference, reference)
-    assert same.shape == (8, 16, 3) and same.dtype == np.uint8
-    brixel.write_panel(tmp_path / "panel.png", ("a", "b", "c"), [[scaled, same, same]] * 2)
-    panel = Image.open(tmp_path / "panel.png")
-    assert panel.format == "PNG" and panel.width > 2.5 * panel.height       # 3 pictures twice as wide as high, 2 rows

@@ -37,4 +37,3 @@ def test_a_bilinear_hub_equals_the_bilinear_row_and_a_checkpoint_does_not(photos
     assert abs(bilinear - ours) > 0.05 and rows[brix][6:] == [""] * 3 and len(set(rows["ViT at 80 px"][4:6])) == 1
     assert float(rows["bilinear"][6].split()[0]) == pytest.approx(bilinear - ours, abs=0.0011)
     assert "--hub OWNER/REPO:NAME" in error_of(main, [*flags, "--hub", f"{tmp_path}:no"])
-    assert error_of(main, flags[:2]) == "2" and "required: --ckpt" in capsys.readouterr().err

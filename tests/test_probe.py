@@ -11,7 +11,6 @@ from base64 import b64decode
 
 import numpy as np
 import pytest
-import render
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -22,7 +21,6 @@ from safetensors.torch import load_file
 import brixel
 import probe
 from data import DataError
-
 
 RELEASED = tensors("probes")
 VALUES = json.loads((FIXTURES / "probes_values.json").read_text())
@@ -44,9 +42,6 @@ def updated(readout, pred, **batch):
     return readout.compute()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Readouts
-
 def test_heads_agree_with_the_released_ones():
     depth, normal = probe.Depth(hidden=32).head(16), probe.Normals(hidden=32).head(16)
     depth.load_state_dict(dpt_parameters(RELEASED, "depth_head.head."))
@@ -64,20 +59,6 @@ def test_losses_agree_with_the_released_ones():
                                 (probe.Normals(), "normal_pred", "cosine_normal_loss")):
         total, count = readout.loss(RELEASED[pred], batch)
         assert (total / count).item() == pytest.approx(VALUES[f"official.{name}"], abs=5e-5)
-
-
-def test_silog_by_hand_without_the_image_that_has_no_depth():
-    # log differences 1 and 3: mean of squares 5, square of the mean 4; the second image has no valid pixel
-    pred = torch.tensor([[1.0, 3.0], [9.0, 9.0]]).exp().view(2, 1, 1, 2)
-    valid = torch.tensor([True, True, False, False]).view(2, 1, 1, 2)
-    total, count = probe.Depth(silog_beta=0.5).loss(pred, {"depth": torch.ones(2, 1, 1, 2), "valid": valid})
-    assert count == 1 and total.item() == pytest.approx(5 - 0.5 * 4)
-
-
-def test_cross_entropy_counts_labeled_pixels_only():
-    label = torch.tensor([[[0, 255, 3]]], dtype=torch.uint8)
-    total, count = probe.Classes(4).loss(torch.zeros(1, 4, 1, 3), {"label": label})
-    assert count == 2 and total.item() == pytest.approx(2 * torch.tensor(4.0).log().item())
 
 
 def test_depth_metrics_agree_with_the_released_ones():
@@ -110,11 +91,14 @@ def test_mean_iou_agrees_with_both_readings():
 
 def test_an_image_without_a_valid_pixel_counts_nowhere():
     pred, maps = torch.rand(2, 2, 3, 4, 4) + 0.1
-    valid = torch.tensor([True, False]).view(2, 1, 1, 1).expand(2, 1, 4, 4)
-    batch = {"depth": maps[:, :1], "valid": valid, "normal": maps, "normal_valid": valid}
-    for readout, channels in ((probe.Depth, 1), (probe.Normals, 3)):
-        one = updated(readout(), pred[:1, :channels], **{key: value[:1] for key, value in batch.items()})
-        assert updated(readout(), pred[:, :channels], **batch) == pytest.approx(one)
+    valid, label = torch.ones(2, 1, 4, 4) > 0, torch.randint(3, (2, 4, 4), dtype=torch.uint8)
+    valid[1], label[1] = False, 255
+    batch = {"depth": maps[:, :1], "valid": valid, "normal": maps, "normal_valid": valid, "label": label}
+    first = {key: value[:1] for key, value in batch.items()}
+    for readout, channels in ((probe.Depth, 1), (probe.Normals, 3), (lambda: probe.Classes(3), 3)):
+        x = pred[:, :channels]
+        assert updated(readout(), x, **batch) == pytest.approx(updated(readout(), x[:1], **first))
+        torch.testing.assert_close(readout().loss(x, batch), readout().loss(x[:1], first))
 
 
 def test_depths_are_compared_within_the_limits_that_go_with_their_unit():
@@ -123,9 +107,6 @@ def test_depths_are_compared_within_the_limits_that_go_with_their_unit():
         depth, _ = probe.new_readouts(Namespace(task="navi", hidden=8, silog_beta=0.15, depth=unit))
         assert updated(depth, torch.zeros(1, 1, 2, 2), **maps)["rmse"] == pytest.approx(rmse)
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Features
 
 class Tiny(torch.nn.Module):
     """A backbone of one layer; counts the images it has seen."""
@@ -141,21 +122,15 @@ class Tiny(torch.nn.Module):
         return self.conv(x)
 
 
-class Items(torch.utils.data.Dataset):
-    """Seven images; counts how many have been read."""
+class Items(list):
+    """Seven images with labels."""
     split, samples = "train", [{"image": f"{i}.png"} for i in range(7)]
 
     def __init__(self, side=16, label=None):
-        self.side, self.label, self.read = side, label, 0
-
-    def __len__(self):
-        return 7
-
-    def __getitem__(self, i):
-        self.read += 1
-        shape = 3, 16, self.side if i == 4 else 16
-        image = torch.randint(0, 255, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
-        return {"image": image, "label": image[0] // 128 if self.label is None else image[0] * 0 + self.label}
+        for i in range(7):
+            shape, generator = (3, 16, side if i == 4 else 16), torch.Generator().manual_seed(i)
+            image = torch.randint(0, 255, shape, dtype=torch.uint8, generator=generator)
+            self.append({"image": image, "label": image[0] // 128 if label is None else image[0] * 0 + label})
 
 
 CFG = Namespace(batch_size=3, num_workers=0, lr=0.1, weight_decay=0.0, epochs=3, mixed_precision="no")
@@ -177,18 +152,14 @@ def test_features_that_fit_are_computed_once_and_change_nothing():
         weights.append(fitted(features).state_dict())
         assert (features.kept is not None) == kept and features.nbytes == 7 * 288
         assert features.model.seen == 1 + (7 if kept else 3 * 7)                        # 1: the first, for its size
-        assert features.images.images.read == 2 + (7 if kept else 3 * 7)                # and for its shape
     rounded = items(cfg=Namespace(**{**vars(CFG), "mixed_precision": "bf16"})).kept["features"]
     assert rounded.dtype == torch.float16 and not torch.equal(rounded, items().kept["features"])
     torch.testing.assert_close(*weights, atol=1e-6, rtol=1e-5)
 
 
-def test_a_photo_of_another_aspect_is_named_before_training_if_features_are_kept():
+def test_a_photo_of_another_aspect_is_named():
     with pytest.raises(DataError, match=r"4\.png.*--data_dir"):
         items(images=Items(side=24))
-    features = items(room=0, images=Items(side=24))
-    with pytest.raises(DataError, match=r"4\.png.*--data_dir"):
-        fitted(features)
 
 
 def test_no_valid_pixel_is_a_sentence_in_training_and_in_evaluation():
@@ -209,33 +180,21 @@ def test_color_jitter_changes_features_with_the_epoch_and_nothing_else(room):
     assert not torch.equal(first, next(items().batches(order))["features"])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The four benchmarks, through the command line
+def save_random_checkpoint(path):
+    brixel.Brixel(brixel.load_backbone("timm:test_vit", None)).save(path)
+
 
 SMALL = ["--size", "56", "--epochs", "2", "--batch_size", "4", "--num_workers", "0"]
 
 
-@pytest.fixture(scope="module")
-def benchmarks(tmp_path_factory):
-    """The four benchmarks, 5 training and 3 validation images each, and a BRIXEL checkpoint with a random adapter."""
-    root = tmp_path_factory.mktemp("benchmarks")
-    textures = [photo(np.random.default_rng(i), 128, 128) for i in range(12)]
-    splits = {"train": 5, "val": 3}
-    render.write_ade20k(root / "ade20k", textures, splits, height=120, width=160)
-    render.write_cityscapes(root / "cityscapes", textures, splits, height=64, width=128)
-    render.write_nyu_parquet(root / "nyu", textures, splits, height=72, width=96)
-    render.write_navi(root / "navi", textures, splits, height=120, width=160, objects=2)
-    brixel.Brixel(brixel.load_backbone("timm:test_vit", None)).save(root / "out.pt")
-    return root
-
-
 @pytest.fixture
-def run(benchmarks, capsys, monkeypatch, fresh_accelerate):
-    """Runs probe.main in the folder of the benchmarks.  -> (what it printed, the JSON object in the last line)."""
+def run(benchmarks, capsys, fresh_accelerate):
+    """Runs probe.main beside the benchmarks.  -> (what it printed, the JSON object in the last line)."""
+    save_random_checkpoint("out.pt")
+
     def run(task, *flags):
         fresh_accelerate()
-        monkeypatch.chdir(benchmarks)
-        probe.main(["--task", task, "--data_dir", task, *SMALL, *flags])
+        probe.main(["--task", task, *SMALL, *flags])
         printed = capsys.readouterr().out
         return printed, json.loads(printed.strip().splitlines()[-1])
     return run
@@ -247,8 +206,8 @@ def run(benchmarks, capsys, monkeypatch, fresh_accelerate):
     ("nyu", ["--hidden", "16"], "rmse_aligned", 10),
     ("navi", ["--hidden", "16", "--split", "dataset"], "angle_mean", 180)])
 def test_task_end_to_end(benchmarks, run, task, extra, metric, worst):
-    printed, out = run(task, "--ckpt", "out.pt", *extra)
-    assert out["task"] == task and out["backbone"] == "timm:test_vit" and (out["n_train"], out["n_val"]) == (5, 3)
+    printed, out = run(task, "--ckpt", "out.pt", "--limit", "3", *extra)
+    assert out["task"] == task and out["backbone"] == "timm:test_vit" and (out["n_train"], out["n_val"]) == (3, 3)
     assert [row["row"] for row in out["rows"]] == ["baseline", "BRIXEL"] + ["teacher"] * ("--teacher" in extra)
     assert all(0 <= row[metric] <= worst for row in out["rows"])
     assert out["settings"]["epochs"] == 2 and out["seed"] == [42] and "↑" in printed and "kept in memory" in printed
@@ -271,7 +230,6 @@ def test_what_differs_from_the_protocol_is_named_and_the_readout_stays_in_float3
 def test_finished_rows_are_in_the_files_whatever_ends_the_next(benchmarks, run, monkeypatch, capsys):
     fits = [probe.fit, probe.fit]                                                       # the third one is too many
     monkeypatch.setattr(probe, "fit", lambda *args: fits.pop()(*args) if fits else 1 / 0)
-    monkeypatch.setattr(probe, "print_table", lambda *args: pytest.fail("printed before it was written"))
     with pytest.raises(ZeroDivisionError):
         run("ade20k", "--ckpt", "out.pt", "--teacher", "--out", "ended")
     assert "BRIXEL at 56 pixels, in ended.ade20k.json" in capsys.readouterr().out
@@ -279,31 +237,16 @@ def test_finished_rows_are_in_the_files_whatever_ends_the_next(benchmarks, run, 
     assert [row["row"] for row in rows] == ["baseline", "BRIXEL"] and (benchmarks / "ended.ade20k.png").exists()
 
 
-def test_features_get_half_of_the_free_memory_and_at_most_cache_gb(run, monkeypatch):
-    rooms = []
-    monkeypatch.setattr(probe.psutil, "virtual_memory", lambda: Namespace(available=4e9))
-    monkeypatch.setattr(probe, "Features", lambda *args: rooms.append(args[4]) or sys.exit())
-    for flags in ([], ["--cache_gb", "9"], ["--cache_gb", "1"]):
-        error_of(run, "ade20k", *TINY, *flags)
-    assert rooms == [2e9, 2e9, 1e9]
-
-
 def test_several_sizes_and_seeds_give_means_deviations_costs_and_a_plot(benchmarks, run, monkeypatch):
-    score, scores, save, drawn = probe.score, [], probe.Figure.savefig, []
+    score, scores = probe.score, []
     monkeypatch.setattr(probe, "score", lambda *args: scores.append(score(*args)) or scores[-1])
-    monkeypatch.setattr(probe.Figure, "savefig", lambda figure, *a, **k: drawn.append(figure) or save(figure, *a, **k))
-    small, large = rows = run("cityscapes", *TINY, *"--out sizes --size 48 96 --seed 1 2".split())[1]["rows"]
+    small, large = run("cityscapes", *TINY, *"--out sizes --size 48 96 --seed 1 2".split())[1]["rows"]
     assert (small["row"], small["size"], large["size"]) == ("baseline", 48, 96)
     assert 3.9 < large["gflops"] / small["gflops"] < 5 and small["ms"] > 0                # 4x the tokens
     a, b = (metrics["pixel_accuracy"] for metrics in scores[:2])
     assert a != b and small["pixel_accuracy"] == pytest.approx((a + b) / 2)
     assert small["pixel_accuracy_std"] == pytest.approx(abs(a - b) / 2**0.5)
-    for axis, key in zip(drawn[-1].axes, ("size", "gflops", "ms"), strict=True):
-        line, _, (bars,) = axis.containers[0]
-        assert [text.get_text() for text in axis.texts] == ["48", "96"]
-        assert line.get_xydata().tolist() == [[row[key], 100 * row["miou"]] for row in rows]
-        lengths = [segment[1, 1] - segment[0, 1] for segment in bars.get_segments()]
-        assert lengths == pytest.approx([200 * row["miou_std"] for row in rows])
+    assert Image.open(benchmarks / "sizes.cityscapes.size.png").width > 2000
 
 
 def test_paper_rows_stand_below_for_a_backbone_of_the_paper_and_in_its_unit():
@@ -312,21 +255,20 @@ def test_paper_rows_stand_below_for_a_backbone_of_the_paper_and_in_its_unit():
     assert probe.table(result)[1:] == [
         ["BRIXEL", "256", "50.0", "25.0", "12.5"], ["paper, baseline", "", "46.7", "80.5", ""],
         ["paper, BRIXEL", "", "49.2", "82.0", ""]]
-    assert len(probe.table({**result, "backbone": "sample"})) == 2
-    for depth, cells in (("encoded", ["0.388", "41.3"]), ("metric", ["", "41.3"])):
-        navi = {"task": "navi", "rows": [], "backbone": "dinov3_vitb16", "settings": {"depth": depth}}
-        assert probe.table(navi)[1][2:4] == cells
+    navi = {"task": "navi", "rows": [], "backbone": "dinov3_vitb16", "settings": {"depth": "metric"}}
+    assert probe.table(navi)[1][2:4] == ["", "41.3"]
 
 
-@pytest.mark.parametrize(("task", "flags"), [("navi", ["--hidden", "16"]), ("cityscapes", ["--cache_gb", "1e-6"])])
-def test_two_processes_equal_one(benchmarks, run, task, flags):
-    """With torchrun, for `accelerate launch --cpu` starts one process. 3 validation images: the shares are uneven."""
+@pytest.mark.parametrize(("task", "flags"), [
+    ("navi", ["--hidden", "16", "--limit", "3"]), ("cityscapes", ["--cache_gb", "1e-6"])])
+def test_two_processes_equal_one(run, task, flags):
+    """With torchrun, for `accelerate launch --cpu` starts one process. 3 images: the shares are uneven."""
     flags = [*flags, "--ckpt", "out.pt", "--lr", "0.01"]
     _, one = run(task, *flags)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "probe.py",
-               "--task", task, "--data_dir", task, *SMALL, *flags, "--out", "two"]
+               "--task", task, *SMALL, *flags, "--out", "two"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=benchmarks, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     two = json.loads(done.stdout.strip().splitlines()[-1])
     assert (one["processes"], two["processes"]) == (1, 2)
@@ -336,8 +278,6 @@ def test_two_processes_equal_one(benchmarks, run, task, flags):
 
 @pytest.mark.parametrize(("flags", "named"), [
     (["--task", "navi", "--data_dir", "nowhere", "--backbone", "no:such"], "--data_dir"),
-    (["--task", "navi", "--data_dir", ".", "--split", "test"], "--split"),
-    (["--task", "ade20k", "--batch_size", "0"], "--batch_size"),
     (["--task", "ade20k", "--size", "64", "0"], "--size"),
     (["--task", "ade20k", "--color_jitter", "0", "0", "0", "0.6"], "--color_jitter"),
     (["--task", "ade20k", "--out", "no/such"], "--out no/such.ade20k"),
@@ -353,19 +293,18 @@ def test_labels_above_classes_and_fewer_images_than_processes_are_one_sentence(r
     assert "--limit" in error_of(run, "ade20k", *TINY, "--limit", "1")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Pictures and cost
-
 @pytest.fixture
-def pca(benchmarks, tmp_path):
-    """Runs --task pca with the checkpoint of `benchmarks`, into tmp_path."""
+def pca(tmp_path):
+    """Runs --task pca with tmp_path/out.pt, which it makes, into tmp_path."""
+    save_random_checkpoint(tmp_path / "out.pt")
+
     def pca(*flags):
-        common = ["--ckpt", str(benchmarks / "out.pt"), "--size", "64", "--out", str(tmp_path)]
+        common = ["--ckpt", str(tmp_path / "out.pt"), "--size", "64", "--out", str(tmp_path)]
         probe.main(["--task", "pca", *common, *flags])
     return pca
 
 
-def test_pca_writes_a_panel_per_photo_and_the_features(benchmarks, pca, photos, tmp_path):
+def test_pca_writes_a_panel_per_photo_and_the_features(pca, photos, tmp_path):
     Image.new("RGB", (90, 200), "red").save(photos / "tall.png")
     saved = tmp_path / "features.safetensors"
     pca("--image", str(photos / "1.jpg"), str(photos / "*.png"), "--teacher", "--save_features", str(saved))
@@ -373,25 +312,21 @@ def test_pca_writes_a_panel_per_photo_and_the_features(benchmarks, pca, photos, 
     shapes = {path.rsplit("/", 1)[1]: tuple(value.shape) for path, value in features.items()}
     assert shapes == {"1.jpg": (64, 16, 20), "tall.png": (64, 36, 16)}
     assert all(Image.open(tmp_path / f"{name}.pca.png").width > 500 for name in ("1", "tall"))
-    model = brixel.load(benchmarks / "out.pt")
+    model = brixel.load(tmp_path / "out.pt")
     x = model.preprocess(Image.open(photos / "1.jpg"), 64)
     torch.testing.assert_close(features[str(photos / "1.jpg")], model(x)[0])
 
 
-def test_pca_of_tars_of_a_name_twice_and_of_photos_that_fail(pca, photos, tmp_path, capsys, monkeypatch):
+def test_pca_of_tars_of_a_name_twice_and_of_a_photo_that_fails(pca, photos, tmp_path, capsys):
     with tarfile.open(tmp_path / "two.tar", "w") as tar:
         for name in ("1.jpg", "2.jpg"):
             tar.add(photos / name, name)
     (tmp_path / "damaged.tar").write_bytes(b"no tar" * 200)
     (photos / "0.jpg").write_bytes(b"")
-    colors, calls, saved = brixel.pca_rgb, [], tmp_path / "features.safetensors"
-    monkeypatch.setattr(brixel, "pca_rgb", lambda *maps: calls.append(1) or 1 / (len(calls) != 4) and colors(*maps))
-    images = [tmp_path / "*.tar", *(photos / f"{i}.jpg" for i in (0, 1, 2, 3, 1))]
-    error = error_of(pca, "--image", *map(str, images), "--save_features", str(saved))
+    images = [str(path) for path in (tmp_path / "*.tar", *(photos / f"{i}.jpg" for i in (0, 1, 3, 1)))]
+    assert error_of(pca, "--image", *images).startswith("probe.py: error: 1 of 6 photos")
     printed = capsys.readouterr().out
-    assert error.startswith("probe.py: error: 2 of 7 photos") and len(load_file(saved)) == 4
-    assert "damaged.tar" in printed
-    assert f"skipped {photos / '0.jpg'}" in printed and f"skipped {photos / '2.jpg'}: division by zero" in printed
+    assert "damaged.tar" in printed and f"skipped {photos / '0.jpg'}" in printed
     assert [len(list(tmp_path.glob(f"{stem}.pca.png"))) for stem in ("two_*", "1", "1_*", "3")] == [2, 1, 1, 1]
 
 
@@ -415,19 +350,14 @@ def test_cost_counts_every_multiplication(capsys):
     """By hand: 2 FLOPs for each weight and output position of a convolution or linear layer, 4 N^2 D for attention."""
     probe.main(["--task", "cost", "--backbone", "timm:test_vit", "--repeats", "1", "--size", "64", "--batch_size", "2"])
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    backbone, counted = brixel.load_backbone("timm:test_vit", None), [0]
-    model = brixel.Brixel(backbone).eval()
-
-    def count(layer, args, output):
-        counted[0] += 2 * output.numel() // len(layer.weight) * layer.weight.numel()
-
+    assert [(row["row"], row["size"]) for row in rows] == [("baseline", 64), ("BRIXEL", 64), ("teacher", 256)]
+    model = brixel.Brixel(brixel.load_backbone("timm:test_vit", None)).eval()
+    vit, counted = model.backbone.model, []
     for layer in model.modules():
         if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
-            layer.register_forward_hook(count)
-    cases = {"baseline": (backbone, 64), "BRIXEL": (model, 64), "teacher": (backbone, 256)}
-    for row, (name, (module, side)) in zip(rows, cases.items(), strict=True):
-        tokens, depth = (side // 16)**2 + backbone.model.num_prefix_tokens, len(backbone.model.blocks)
-        counted[0] = 2 * depth * 4 * tokens**2 * backbone.embed_dim
-        module(torch.zeros(2, 3, side, side))
-        assert (row["row"], row["size"], row["batch"]) == (name, side, 2) and row["ms"] > 0
-        assert row["gflops"] == pytest.approx(counted[0] / 1e9, rel=1e-9)
+            layer.register_forward_hook(lambda layer, _, output: counted.append(
+                2 * output.numel() // len(layer.weight) * layer.weight.numel()))
+    model(torch.zeros(2, 3, 64, 64))
+    attention = 2 * len(vit.blocks) * 4 * (16 + vit.num_prefix_tokens)**2 * vit.embed_dim
+    assert rows[1]["gflops"] == pytest.approx((sum(counted) + attention) / 1e9, rel=1e-9)
+    assert all(row["batch"] == 2 and row["ms"] > 0 for row in rows)

@@ -1,17 +1,13 @@
-"""What README.md prints must work: its Python, its commands, its table of backbones, the figures of the checkpoint."""
+"""What README.md prints must work: its Python, its commands, the figures of the checkpoint."""
 
 import re
 import shlex
-import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
-import render
 import torch
 from accelerate import Accelerator
 from conftest import FAST, ROOT
-from PIL import Image
 
 import brixel
 import data
@@ -51,19 +47,11 @@ def test_every_flag_of_every_command_exists(command):
     brixel.load_config(args, *(("preset", "paper") if script == "brixel.py" else ("task", "pca")), "")
 
 
-def test_the_commands_run_one_after_the_other(photos, fresh_accelerate, in_process, tmp_path, monkeypatch):
+def test_the_commands_run_one_after_the_other(photos, benchmarks, fresh_accelerate, in_process):
     """Every command that stands on a line of its own, on small data, as one process of the launcher would run it."""
-    monkeypatch.chdir(tmp_path)
-    textures, splits = [np.array(Image.open(path)) for path in photos.iterdir()], {"train": 3, "val": 2}
-    render.write_ade20k(tmp_path / "ADEChallengeData2016", textures, splits, height=40, width=60)
-    render.write_cityscapes(tmp_path / "cityscapes", textures, splits, height=40, width=80)
-    render.write_nyu_parquet(tmp_path / "nyuv2", textures, splits, height=40, width=60)
-    render.write_navi(tmp_path / "navi_v1.0", textures, splits, height=40, width=60, objects=1)
-    shutil.copytree(photos, "PHOTOS")
+    Path("PHOTOS").symlink_to(photos)
     Path("assets").symlink_to(ROOT / "assets")
     assert len(COMMANDS) >= 10
-    for verbatim in ("accelerate launch brixel.py --backbone dinov3", "python probe.py --task navi --ckpt out.pt"):
-        assert verbatim in COMMANDS
     for command in COMMANDS:
         script, args = script_and_args(command)
         if script == "brixel.py":
@@ -71,16 +59,9 @@ def test_the_commands_run_one_after_the_other(photos, fresh_accelerate, in_proce
         else:
             fresh_accelerate()
             probe.main([*args, *SMALLER[args[args.index("--task") + 1]]])
-    written = {path.name for path in tmp_path.iterdir()}
+    written = {path.name for path in benchmarks.iterdir()}
     assert {"out.pt", "out.png", "out.jsonl", "out.state", "mine.pt"} <= written
     assert {"perched-osprey.pca.png", "out.navi.json"} <= written
-
-
-def test_every_alias_stands_in_the_table():
-    table = README.partition("| `--backbone` |")[2].partition("\n\n")[0]
-    for name in brixel.BACKBONES:
-        family, _, size = name.partition("_")
-        assert name in table or f"_{size}" in table and family in table, name
 
 
 @torch.no_grad()
