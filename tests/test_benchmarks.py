@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 import data
 
+
 @pytest.fixture
 def copy(scenes, tmp_path):
     """A copy of the folder with the four benchmarks, to be damaged."""
@@ -152,6 +153,14 @@ def test_patch_size_rounds_the_image_and_not_the_labels_and_limit_keeps_evenly_s
     assert item["image"].shape == (3, 4 * 42, 4 * 70) and item["depth"].shape == (1, 48, 64)
     everything, some, most = (data.NAVI("navi_v1.0", "train", 32, limit=n).samples for n in (0, 4, 99))
     assert some == [everything[i] for i in (0, 6, 13, 19)] and most == everything
+
+
+def test_an_image_of_another_aspect_is_named(copy):
+    image, label = (sorted((copy / "cityscapes" / kind).glob("train/*/*"))[1] for kind in ("leftImg8bit", "gtFine"))
+    for path in (image, label):
+        Image.open(path).crop((0, 0, 90, 64)).save(path)
+    with pytest.raises(data.DataError, match=f"{image}.*--data_dir"):
+        list(data.Cityscapes(copy / "cityscapes", "train", 32))
 
 
 @pytest.mark.parametrize("reader", [data.ADE20K, data.Cityscapes, data.NYU, data.NAVI])

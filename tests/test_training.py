@@ -100,11 +100,13 @@ def test_a_mistake_in_the_config_is_one_sentence(tmp_path, line, words):
     (["--crop_min", "1.5"], "--crop_min"), (["--backbone", "dinov9"], "'dinov9'.*dinov3_vitb16.*sample.*siglip2"),
     (["--data_dir", "no/such/folder", "--backbone", "dinov9"], "no/such/folder.*--data_dir"),
     (["--out", "no/such/folder/out.pt"], "--out .*no/such/folder"), (["--out", "out.bin"], "--out out.bin"),
-    (["--init", "none.pt"], "none.pt .*--init"), (["--resume"], "out.state.*--overwrite.*--resume")])
+    (["--init", "none.pt"], "none.pt .*--init"), (["--report_to", "wandb"], "--report_to.*wandb is not installed"),
+    (["--resume"], "out.state.*--overwrite.*--resume")])
 def test_impossible_settings_are_one_sentence_and_write_nothing(
         in_process, photos, tmp_path, monkeypatch, args, sentence):
     """Also the order of a start: a wrong --data_dir is told before a wrong --backbone."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [])                    # neither is installed
     message = error_of(in_process, *FAST, "--data_dir", photos, "--out", "out.pt", *args)
     assert re.match("brixel.py: error: .*" + sentence, message), message
     assert "\n" not in message and os.listdir(tmp_path) == ["photos"]
@@ -168,7 +170,7 @@ def test_another_scale_crop_and_precision_train(in_process, photos, tmp_path):
 
 def test_init_takes_what_load_takes_and_refuses_another_network(in_process, photos, tmp_path):
     common, first = [*FAST, "--data_dir", photos, "--warmup_epochs", 0], tmp_path / "first.pt"
-    in_process(*common, "--out", first)
+    brixel.Brixel(brixel.load_backbone("timm:test_vit", None)).save(first, note="a year on a thousand GPUs")
     init = [*common, "--seed", 1, "--lr", 0, "--max_steps", 1, "--init"]
     save_file(tensors("tiny_brixel_weights"), tmp_path / "released.safetensors")          # of the authors' code
     for start_from in (first, tmp_path / "released.safetensors"):
@@ -176,6 +178,7 @@ def test_init_takes_what_load_takes_and_refuses_another_network(in_process, phot
         want, got = (brixel.load(path, "timm:test_vit", "none") for path in (start_from, tmp_path / "second.pt"))
         assert all(map(torch.equal, want.upsampler.parameters(), got.upsampler.parameters()))
         assert got.settings["skip"] == want.settings["skip"] and got.settings["training"]["init"] == str(start_from)
+        assert "note" not in got.settings          # what is said of the first run's weights is not said of these
     message = error_of(in_process, *init, first, "--out", tmp_path / "third.pt", "--full_rank")
     assert "--init" in message and str(first) in message and "full_rank" in message
 
@@ -247,12 +250,13 @@ def test_run_killed_at_a_random_moment_resumes_bit_for_bit(in_process, photos, t
 
 def test_resume_refuses_another_run_and_names_every_other_change(in_process, photos, tmp_path, capsys):
     common = [*FAST, "--data_dir", photos, "--out", tmp_path / "out.pt"]
-    in_process(*common, "--max_steps", 1)
-    for args, words in ((["--seed", 1], "seed was 42, is 1"), (["--optimizer", "muon"], "'adam', is 'muon'")):
+    in_process(*common, "--max_steps", 2)
+    for args, words in ((["--seed", 1], "seed was 42, is 1"), (["--optimizer", "muon"], "'adam', is 'muon'"),
+                        (["--max_steps", 1], "--max_steps")):
         assert words in error_of(in_process, *common, "--resume", *args)
-    in_process(*common, "--resume", "--lr", "0.5", "--max_steps", 2)
+    in_process(*common, "--resume", "--lr", "0.5", "--max_steps", 3)
     output = capsys.readouterr().out
-    assert "lr was 0.001, is 0.5" in output and "max_steps was 1, is 2" in output and "seed was" not in output
+    assert "lr was 0.001, is 0.5" in output and "max_steps was 2, is 3" in output and "seed was" not in output
     (photos / "0.jpg").unlink()
     assert "n_photos was 8, is 7" in error_of(in_process, *common, "--resume")
 
