@@ -136,7 +136,6 @@ def test_folder_of_transformers(kind, p, tmp_path):
 def test_open_clip_gives_the_same_tower_as_a_file_of_it(name, architecture, tag, tmp_path, monkeypatch):
     """It is a ViT of timm under `visual.trunk.`, beside a text tower, and may end in a projection."""
     source = brixel.BACKBONES[name].removeprefix("timm:").partition(".")[0]
-    assert open_clip.get_model_config(architecture)["vision_cfg"]["timm_model_name"] == source
     tower = randomize(timm.create_model(source, num_classes=16, dynamic_img_size=True, **NARROW))
     file = {f"visual.trunk.{key}": value for key, value in tower.state_dict().items()}
     path, x = tmp_path / "clip.safetensors", torch.randn(2, 3, 64, 96)

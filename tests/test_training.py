@@ -155,7 +155,6 @@ def test_loss_falls_on_cached_crops_each_of_which_is_computed_once(in_process, p
 
 def test_gradients_are_accumulated_over_several_batches(in_process, photos, tmp_path, monkeypatch):
     steps = []
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")                     # --grad_accum wins
     call_at(monkeypatch, "frozen_pass", 9, lambda: steps.append(len(log_of(tmp_path / "out.pt"))))
     in_process(*FAST, "--data_dir", photos, "--out", tmp_path / "out.pt", "--grad_accum", 3, "--max_steps", 3)
     assert steps == [2] and [record["step"] for record in log_of(tmp_path / "out.pt")] == [1, 2, 3]
