@@ -34,7 +34,10 @@ from torchvision import transforms
 
 
 class DataError(ValueError):
-    """A mistake that the user can mend, in one sentence, also where a DataLoader's worker puts its traceback before."""
+    """A mistake that the user can mend, in one sentence, also where a DataLoader's worker puts its traceback before.
+
+    A class of its own, as `reading` is, for brixel.py must run where this file is not.
+    """
     def __str__(self):
         return super().__str__().rpartition("DataError: ")[2].strip()
 

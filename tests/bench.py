@@ -1,10 +1,9 @@
-"""Speed of training: images a second, the parts of a step, its share of the floor, peak memory.
+"""Speed of training: images a second, the parts of a step, peak memory.
 
     python tests/bench.py --backbone dinov3_vits16 --teacher_size 448 --batch_size 8
 
-The floor is the time that the step's multiplications take at the speed of one large matrix product.  Medians of calls
-taken in turns.  Peak memory: of one whole step; on a CPU, of the process.  Prints a line, and one of JSON.
-Other flags are those of brixel.py: --preset, --mixed_precision and so on; weights are random.
+Medians of calls taken in turns.  Peak memory: of one whole step; on a CPU, of the process.  Prints a line, and one of
+JSON.  Other flags are those of brixel.py: --preset, --mixed_precision and so on; weights are random.
 """
 import argparse
 import json
@@ -16,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import brixel
-from probe import gflops, milliseconds
+from probe import milliseconds
 
 
 def bench_step(cfg, repeats):
@@ -38,23 +37,18 @@ def bench_step(cfg, repeats):
     brixel.optimizer_step(upsampler, optimizers, cfg.lr)
     peak = torch.cuda.max_memory_allocated() if image.is_cuda else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
     output = upsampler(small, layers).detach().float().requires_grad_()
-    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    matrix = torch.randn([8192 if image.is_cuda else 2048] * 2, device=image.device, dtype=dtype)
     calls = {"teacher": teacher, "student": lambda: accelerator.backward(upsampler(small, layers).float().mean()),
-             "loss": lambda: loss_of(output, target).backward(), "product": lambda: matrix @ matrix,
-             "optimizer": lambda: brixel.optimizer_step(upsampler, optimizers, 0.0)}        # of the student's gradients
+             "loss": lambda: loss_of(output, target).backward(),
+             "optimizer": lambda: brixel.optimizer_step(upsampler, optimizers, 0.0)}
     ms = dict(zip(calls, milliseconds(calls.values(), repeats)))
-    flops = (gflops(teacher) + 3 * gflops(lambda: upsampler(small, layers))) * 1e9      # backward: two forward passes
-    rate = 2 * len(matrix)**3 / ms.pop("product") * 1000
     step = sum(ms.values())
     print(f"{cfg.batch_size / step * 1000:.3g} images/s, {step:.4g} ms a step, peak memory {peak / 1e9:.3g} GB")
-    print(json.dumps({"step_ms": step, "ms": ms, "share_of_floor": flops / rate / step * 1000, "peak_bytes": peak,
-                      "device": str(image.device), "threads": torch.get_num_threads(), "settings": vars(cfg)}))
+    print(json.dumps({"step_ms": step, "ms": ms, "peak_bytes": peak, "device": str(image.device),
+                      "threads": torch.get_num_threads(), "settings": vars(cfg)}))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=10)
     args, flags = parser.parse_known_args()
-    cfg = brixel.load_config(flags, "preset", "paper", "")
-    bench_step(cfg, args.repeats)
+    bench_step(brixel.load_config(flags, "preset", "paper", ""), args.repeats)

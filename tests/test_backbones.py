@@ -63,7 +63,8 @@ def test_registry_row_is_a_frozen_vit_without_its_head(name, patch_size, width, 
     assert (backbone.mean, backbone.std) == (IMAGENET if name.startswith("dino") else ((0.5,) * 3, (0.5,) * 3))
     unused = ("head", "attn_pool", "fc_norm")
     assert not [key for key, p in backbone.model.named_parameters() if key.startswith(unused) or p.requires_grad]
-    torch.nn.ModuleList([backbone]).train()
+    with torch.device("meta"):
+        brixel.Brixel(backbone).train()
     assert not any(module.training for module in backbone.modules())
 
 
@@ -129,6 +130,8 @@ def test_folder_of_transformers(kind, p, tmp_path):
     want = tokens.mT.unflatten(2, (3, 5))
     torch.testing.assert_close(backbone(x), want, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(load_backbone(f"hf:{tmp_path}", weights=None)(x), want, atol=1e-2)
+    t.BitImageProcessor(do_normalize=False).save_pretrained(tmp_path)
+    assert load_backbone(f"hf:{tmp_path}").mean == (0, 0, 0)
 
 
 @pytest.mark.parametrize("name, architecture, tag", [

@@ -41,7 +41,7 @@ def trained(backbone=None, **options):
 
 
 def test_network_agrees_with_the_released_one_and_compiles_without_graph_breaks():
-    settings, state = brixel.from_released(tensors("tiny_brixel_weights"), "tiny.pth")
+    state, settings = brixel.from_released(tensors("tiny_brixel_weights"), "tiny.pth")
     upsampler = brixel.Upsampler(64, **settings).eval()
     upsampler.load_state_dict(state)
     compiled = torch.compile(upsampler, fullgraph=True, backend="eager")
