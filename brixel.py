@@ -753,7 +753,7 @@ def set_up(cfg, backbone, accelerator):
     set_seed(cfg.seed, device_specific=True)                      # but not the same stochastic depth
     if cfg.init:
         wanted, model = model.settings, load(cfg.init, backbone, drop_path=cfg.drop_path)
-        for key in ("scale", "full_rank"):
+        for key in ("backbone", "scale", "full_rank"):
             if model.settings[key] != wanted[key]:
                 raise BrixelError(f"{cfg.init} has {key} {model.settings[key]}, not {wanted[key]} (--init, --{key})")
         model.settings = {key: model.settings[key] for key in wanted}      # not its errors, command and so on
@@ -936,7 +936,7 @@ def load(path, backbone=None, weights=None, drop_path=0.3):
         options = ("scale", "width", "skip", "stem_width", "full_rank")
         model = Brixel(backbone, drop_path=drop_path, **{key: settings[key] for key in options if key in settings})
         model.upsampler.load_state_dict(tensors)
-    model.settings = {**settings, **model.settings}               # what travelled along, too
+    model.settings = {**model.settings, **settings, "weights": model.settings["weights"]}
     return model.eval()
 
 
@@ -1163,25 +1163,27 @@ def load_config(argv, flag, default, description, path=Path(__file__).with_name(
     parser = Parser(parents=[chooser], description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    # `<<` takes keys over from sections above: of a key's comments, the last one before the end of the section holds
-    end = re.search(rf"^{name}:.*?(?=^\S|\Z)", text, re.MULTILINE | re.DOTALL).end()
-    comments = dict(re.findall(r"^  (\w+):.*?\s# (.*)", text[:end], re.MULTILINE))
-    typical = sections["paper" if flag == "preset" else name]          # {key: a value of its type}
+    # A comment gives its key help and type, in the first preset; of tasks in the task itself or the first that has it
+    bodies = re.findall(r"^['\"]?(\w+)['\"]?:(.*?)(?=^['\"]?\w|\Z)", text, re.MULTILINE | re.DOTALL)
+    comments = {section: dict(re.findall(r"^  (\w+):.*?\s# (.*)", body, re.MULTILINE)) for section, body in bodies}
+    known = {}                                     # {key: (a value of its type, its help)}
+    for section in names[:1] if flag == "preset" else [*names[::-1], name]:
+        known |= {key: (sections[section][key], comment) for key, comment in comments.get(section, {}).items()}
     values = [f"--{flag}={name}"]                  # of the section, as flags: one parser looks at all values
     for key, value in sections[name].items():
-        example = typical.get(key, "")
+        example, comment = known.get(key, ("", None))
         if isinstance(example, bool):
             kind = {"action": argparse.BooleanOptionalAction}
         elif isinstance(example, list):
             kind = {"type": type(example[0]), "nargs": "+"}
         else:
             kind = {"type": type(example), "choices": CHOICES.get(key)}
-        if key in typical:                         # else the parser will not know this key
+        if comment:                                # else the parser will not know this key
             spellings = dict.fromkeys([f"--{key}", f"--{key.replace('_', '-')}"])      # both, as accelerate does
-            parser.add_argument(*spellings, help=f"{comments.get(key, '')} [{value}]".replace("%", "%%"), **kind)
+            parser.add_argument(*spellings, help=f"{comment} [{value}]".replace("%", "%%"), **kind)
         if isinstance(value, list):
             values += [f"--{key}", *map(str, value)]
-        elif value is True or value is False and isinstance(example, bool):
+        elif isinstance(value, bool) and isinstance(example, bool):
             values.append(f"--{key}" if value else f"--no-{key}")
         else:
             values.append(f"--{key}={value}")

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 
 
@@ -231,16 +231,21 @@ class Photos(Dataset):
         raise DataError(f"{tries} photos in a row cannot be used, first {self.skipped[first]} (--data_dir, --min_side)")
 
 
-def draw(length, start, stop, seed):
-    """[(n, position), ...] for n = start to stop - 1, by n and seed alone: all positions, reshuffled every epoch."""
-    samples, order = [], None
-    for n in range(start, stop):
-        epoch, i = divmod(n, length)
-        if order is None or i == 0:
-            generator = torch.Generator().manual_seed((seed << 20) + epoch)
-            order = torch.randperm(length, generator=generator).tolist()
-        samples.append((n, order[i]))
-    return samples
+class Draws(Sampler):
+    """Yields (n, position) for n = start to stop - 1, by n and seed alone: all positions, reshuffled every epoch."""
+    def __init__(self, length, start, stop, seed):
+        self.length, self.start, self.stop, self.seed = length, start, stop, seed
+
+    def __len__(self):
+        return self.stop - self.start
+
+    def __iter__(self):
+        for n in range(self.start, self.stop):
+            epoch, i = divmod(n, self.length)
+            if n == self.start or i == 0:
+                generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
+                order = torch.randperm(self.length, generator=generator)
+            yield n, int(order[i])
 
 
 def ignore_ctrl_c(worker_id):
@@ -263,13 +268,13 @@ def make_loaders(cfg, index, train_ids, val_ids, samples, accelerator):
     workers = {"num_workers": cfg.num_workers, "worker_init_fn": ignore_ctrl_c, "pin_memory": torch.cuda.is_available(),
                "generator": torch.Generator()}     # its own: no loader disturbs an exact resume
     photos = Photos(index, train_ids, *sizes, cfg.crop, cfg.crop_min, cfg.seed)
-    drawn = draw(cfg.cache_crops or len(photos), samples.start, samples.stop, cfg.seed)
+    draws = Draws(cfg.cache_crops or len(photos), samples.start, samples.stop, cfg.seed)
     if cfg.cache_crops:
-        crops = draw(len(photos), 0, cfg.cache_crops, cfg.seed)
-        drawn = [crops[i] for _, i in drawn]
+        crops = list(Draws(len(photos), 0, cfg.cache_crops, cfg.seed))
+        draws = [crops[i] for _, i in draws]
     own = [(0, i) for i in range(accelerator.process_index, len(val_ids), world)]
     held_out = Photos(index, val_ids, *sizes, crop="center")
-    return (accelerator.prepare(DataLoader(photos, cfg.batch_size, sampler=drawn, **workers)),
+    return (accelerator.prepare(DataLoader(photos, cfg.batch_size, sampler=draws, **workers)),
             DataLoader(held_out, cfg.batch_size // world, sampler=own, **workers))
 
 

@@ -252,7 +252,7 @@ class Features:
     """
     def __init__(self, images, model, acc, cfg, room, jitter=(0,)):
         self.images, self.model, self.acc, self.cfg = images, model, acc, cfg
-        self.jitter = jitter if any(jitter) else None
+        self.jitter = ColorJitter(*jitter) if any(jitter) else None
         first = self.prepare(default_collate([self.images[0]]))
         self.nbytes = len(images) * sum(value.nbytes for value in first.values())
         self.kept = {key: value.new_empty(len(images), *value.shape[1:])
@@ -298,10 +298,10 @@ class Features:
             batches = map(self.prepare, loader)
         for part, batch in zip(parts, batches, strict=True):
             if self.jitter:
-                images = []
+                images = []                # ColorJitter has no generator; torch.manual_seed would reseed GPUs, too
                 for i, image in zip(part.tolist(), batch["image"], strict=True):
-                    torch.manual_seed(random.Random(f"{seed} {epoch} {i}").getrandbits(63))        # of ColorJitter
-                    images.append(ColorJitter(*self.jitter)(image))
+                    torch.default_generator.manual_seed(random.Random(f"{seed} {epoch} {i}").getrandbits(63))
+                    images.append(self.jitter(image))
                 batch["features"] = self.extract(torch.stack(images))
             yield batch
 
@@ -406,7 +406,7 @@ def run_row(cfg, acc, size, model, scale, backbone):
     if len(cfg.size) > 1:
         image = splits[1][0]["image"][None].to(acc.device)
         record["gflops"] = gflops(partial(model, image.float()))
-        record["ms"], = milliseconds([partial(val.extract, image)], repeats=5)
+        [record["ms"]] = milliseconds([partial(val.extract, image)], repeats=5)
     return record, splits, pictures(probe, val)
 
 

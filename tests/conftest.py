@@ -1,4 +1,6 @@
 """Shared by all tests: small photographs, a tiny backbone, and the ways to run brixel.py."""
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -79,6 +81,15 @@ def in_process(fresh_accelerate, monkeypatch):
         fresh_accelerate()
         brixel.main([str(arg) for arg in args])
     return run
+
+
+def on_two_processes(*command):
+    """What a Python script printed on two CPU processes.  By torchrun: accelerate's launcher needs MPI for them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, command)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    return done.stdout
 
 
 def error_of(run, *args):

@@ -81,7 +81,7 @@ def test_sample_is_a_dinov2_with_real_weights():
 @pytest.mark.parametrize("source, p", [
     ("vit_small_patch16_dinov3_qkvb", 16), ("vit_base_patch16_siglip_256", 16), ("vit_pe_core_base_patch16_224", 16),
     ("vit_pe_spatial_base_patch16_512", 16), ("vit_small_patch14_dinov2", 14)])
-def test_maps_equal_the_librarys_own_forward(source, p):
+def test_maps_equal_the_librarys_own_forward_and_no_other_is_asked_for(source, p):
     model = randomize(timm.create_model(source, num_classes=0, dynamic_img_size=True, **NARROW))
     x, outputs = torch.randn(2, 3, 3 * p, 5 * p), []       # of each block, without forward_intermediates
     for block in model.blocks:
@@ -89,7 +89,10 @@ def test_maps_equal_the_librarys_own_forward(source, p):
     last = model.forward_features(x)                       # the library's final norm included
     want = [*(model.norm(outputs[i]) for i in (1, 2, 3)), last]
     backbone = of_timm(model)
-    for got, tokens in zip([backbone(x), *backbone.layers(x)], [last, *want], strict=True):
+    with mock.patch.object(model, "forward_intermediates", wraps=model.forward_intermediates) as asked:
+        maps = [backbone(x), *backbone.layers(x)]
+    assert [call.kwargs["indices"] for call in asked.call_args_list] == [[4], [1, 2, 3, 4]]
+    for got, tokens in zip(maps, [last, *want], strict=True):
         assert got.shape == (2, 96, 3, 5)
         torch.testing.assert_close(got.flatten(2).mT, tokens[:, -15:], atol=1e-5, rtol=1e-5)
 

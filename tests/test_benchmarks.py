@@ -145,9 +145,13 @@ def test_navi_splits_and_the_copies_that_probe3d_leaves(copy):
     assert {name.split("/")[1] for name in names("probe3d", "train")} == {"multiview-00-pixel_5"}
 
 
-def test_normals_need_the_depth_of_a_pixel_and_its_four_neighbors():
-    _, valid = data.normals_from_depth(np.ones((5, 5)) - np.pad([[1]], 2), 10)            # none in the middle
-    assert np.argwhere(valid).tolist() == [[1, 1], [1, 3], [3, 1], [3, 3]]
+def test_normals_of_a_tilted_plane_by_hand():
+    """The plane z + x = 1 seen with focal length 10: depth 1 / (1 + x / 10), normal (1, 0, 1) / sqrt 2."""
+    depth = np.tile(1 / (1 + (np.arange(9) - 4) / 10), (9, 1)).astype(np.float32)
+    depth[4, 4] = 0
+    normal, valid = data.normals_from_depth(depth, 10)
+    assert valid.sum() == 7 * 7 - 5 and not valid[4, 4] and not valid[4, 3] and not valid[0].any()
+    np.testing.assert_allclose(normal[:, valid], np.tile([[0.5**0.5], [0], [0.5**0.5]], valid.sum()), atol=1e-5)
 
 
 def test_patch_size_rounds_the_image_and_not_the_labels_and_limit_keeps_evenly_spaced_samples(benchmarks):

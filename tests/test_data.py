@@ -110,12 +110,13 @@ def test_split_is_fixed_disjoint_and_complete():
 
 
 def test_draws_cover_every_epoch_in_a_new_order_and_go_on_wherever_a_run_is_resumed():
-    samples = data.draw(9, 0, 36, seed=7)
-    assert [n for n, _ in samples] == list(range(36)) and data.draw(9, 0, 36, seed=8) != samples
+    samples = list(data.Draws(9, 0, 36, seed=7))
+    assert [n for n, _ in samples] == list(range(36)) and len(data.Draws(9, 3, 36, seed=7)) == 33
     orders = [tuple(position for _, position in samples[start:start + 9]) for start in (0, 9, 18, 27)]
     assert all(sorted(order) == list(range(9)) for order in orders) and len(set(orders)) == 4
+    assert list(data.Draws(9, 0, 36, seed=8)) != samples
     for start in (0, 3, 9, 35):
-        assert data.draw(9, start, 36, seed=7) == samples[start:]
+        assert list(data.Draws(9, start, 36, seed=7)) == samples[start:]
 
 
 def test_photo_that_cannot_be_used_is_named_once_another_takes_its_place_and_twenty_in_a_row_end_the_run(photos):

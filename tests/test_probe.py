@@ -1,10 +1,7 @@
 """Readouts, losses and metrics against the released code's numbers and by hand; every task through the command line."""
 import io
 import json
-import os
 import re
-import subprocess
-import sys
 import tarfile
 from argparse import Namespace
 from base64 import b64decode
@@ -14,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from conftest import FIXTURES, ROOT, TINY, error_of, photo, tensors
+from conftest import FIXTURES, ROOT, TINY, error_of, on_two_processes, photo, tensors
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -256,15 +253,11 @@ def test_paper_rows_stand_below_for_a_backbone_of_the_paper_and_in_its_unit():
 @pytest.mark.parametrize(("task", "flags"), [
     ("navi", ["--hidden", "16", "--limit", "3"]), ("cityscapes", ["--cache_gb", "1e-6"])])
 def test_two_processes_equal_one(run, task, flags):
-    """With torchrun, for `accelerate launch --cpu` starts one process. 3 images: the shares are uneven."""
+    """3 images: the shares are uneven."""
     flags = [*flags, "--ckpt", "out.pt", "--lr", "0.01"]
     _, one = run(task, *flags)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "probe.py",
-               "--task", task, *SMALL, *flags, "--out", "two"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    two = json.loads(done.stdout.strip().splitlines()[-1])
+    printed = on_two_processes(ROOT / "probe.py", "--task", task, *SMALL, *flags, "--out", "two")
+    two = json.loads(printed.strip().splitlines()[-1])
     assert (one["processes"], two["processes"]) == (1, 2)
     for a, b in zip(one["rows"], two["rows"], strict=True):
         assert a.pop("row") == b.pop("row") and a == pytest.approx(b, rel=1e-4, abs=1e-4)

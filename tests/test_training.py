@@ -15,7 +15,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import FAST, ROOT, error_of, tensors, weights_of
+from conftest import FAST, ROOT, error_of, on_two_processes, tensors, weights_of
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -177,8 +177,9 @@ def test_init_takes_what_load_takes_and_refuses_another_network(in_process, phot
         assert all(map(torch.equal, want.upsampler.parameters(), got.upsampler.parameters()))
         assert got.settings["skip"] == want.settings["skip"] and got.settings["training"]["init"] == str(start_from)
         assert "note" not in got.settings          # what is said of the first run's weights is not said of these
-    message = error_of(in_process, *init, first, "--out", tmp_path / "third.pt", "--full_rank")
-    assert "--init" in message and str(first) in message and "full_rank" in message
+    for other in (["--full_rank"], ["--backbone", "timm:test_vit2"]):                     # of the same sizes
+        message = error_of(in_process, *init, first, "--out", tmp_path / "third.pt", *other)
+        assert "--init" in message and str(first) in message and other[0] in message
 
 
 def test_existing_run_is_kept_until_a_run_that_overwrites_it_has_read_its_photos(in_process, photos, tmp_path):
@@ -301,7 +302,7 @@ def test_two_processes_see_the_photos_and_gradients_of_one(in_process, photos, t
     """The batch is that of all processes: every step has the same photos, so the same terms and gradients.
 
     Not so on a CPU are BatchNorm's statistics, which are per process (SyncBatchNorm needs GPUs): it is in eval mode
-    here, and there is no stochastic depth.  Two processes on CPUs: torchrun; accelerate's launcher needs MPI for them.
+    here, and there is no stochastic depth.
     """
     evaluating = "torch.nn.BatchNorm2d.train = lambda self, mode: torch.nn.Module.train(self, False)"
     monkeypatch.setattr(torch.nn.BatchNorm2d, "train", None)      # to be restored
@@ -309,12 +310,8 @@ def test_two_processes_see_the_photos_and_gradients_of_one(in_process, photos, t
     common = [*FAST, "--data_dir", photos, "--drop_path", 0, "--val_share", 0.4, "--max_steps", 2, *extra, "--out"]
     in_process(*common, tmp_path / "one.pt")
     (tmp_path / "run.py").write_text(f"import torch, brixel\n{evaluating}\nbrixel.main()")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "run.py"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([*map(str, [*command, *common, tmp_path / "two.pt"])], capture_output=True, text=True,
-                          env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("settings: ") == done.stdout.count("held-out photos") == 1   # one process prints
+    printed = on_two_processes(tmp_path / "run.py", *common, tmp_path / "two.pt")
+    assert printed.count("settings: ") == printed.count("held-out photos") == 1           # one process prints
     one, two = ([*map(json.loads, open(tmp_path / name))] for name in ("one.jsonl", "two.jsonl"))
     for a, b in zip(one, two, strict=True):
         assert a | {"images/s": 0} == pytest.approx(b | {"images/s": 0}, rel=1e-4)
