@@ -600,15 +600,13 @@ def sobel(x):
     return F.conv2d(x.flatten(0, 1)[:, None], kernels)
 
 
-def edge_loss(student, teacher, k=8, P=None):
-    """Edge loss, Eq. 2: L1 between the Sobel gradients of both maps' k principal components.
+def edge_loss(student, teacher, P):
+    """Edge loss, Eq. 2: L1 between the Sobel gradients of both maps' principal components.
 
-    student, teacher: (B, C, H, W).   P: (C, k), default that of `teacher`.   Returns: scalar.
+    student, teacher: (B, C, H, W).   P: (C, k), of principal_components.   Returns: scalar.
     Projection and Sobel are linear, so they are taken once, of the difference.
     Differs from the released code, which squares the difference (train_utils.py).
     """
-    if P is None:
-        P, _ = principal_components(teacher, k)
     difference = torch.einsum("bchw,ck->bkhw", teacher.float() - student.float(), P)
     gradients = sobel(difference)                                         # (B*k, 2, H-2, W-2)
     return gradients[:, 0].abs().mean() + gradients[:, 1].abs().mean()
@@ -647,27 +645,25 @@ def spectral_loss(student, teacher, rings=24, r0=0.3, eps=1e-8):
     return (log_teacher - log_student).square().mean()
 
 
-def cosine_loss(student, teacher, mean=None):
+def cosine_loss(student, teacher, mean):
     """1 - cosine of both maps less the teacher's mean token, over all tokens.  Not in the paper.
 
-    student, teacher: (B, C, H, W).   mean: (C,), default that of `teacher`.   Returns: scalar.
+    student, teacher: (B, C, H, W).   mean: (C,), of principal_components.   Returns: scalar.
     With the mean, which all tokens share, every cosine would be near 1.
     """
-    if mean is None:
-        mean = teacher.float().mean((0, 2, 3))
     student, teacher = (x.float() - mean[:, None, None] for x in (student, teacher))
     return 1 - F.cosine_similarity(student, teacher, dim=1).mean()
 
 
-def brixel_loss(student, teacher, lambda_edge=1.0, lambda_spectral=0.1, lambda_cosine=0.0, k=8,
-                P=None, mean=None):
+def brixel_loss(student, teacher, lambda_edge=1.0, lambda_spectral=0.1, lambda_cosine=0.0, k=8, accelerator=None):
     """Total loss, Eq. 5, and the cosine term where it has a weight.
 
-    student, teacher: (B, C, H, W).   P, mean: of principal_components, default those of `teacher`.
+    student, teacher: (B, C, H, W).   k, accelerator: of principal_components.
     Returns: (total, {"l1", "edge", "spectral"[, "cosine"]}), scalars.
     """
+    P, mean = principal_components(teacher, k, accelerator)
     terms = {"l1": l1_loss(student, teacher),
-             "edge": edge_loss(student, teacher, k, P),
+             "edge": edge_loss(student, teacher, P),
              "spectral": spectral_loss(student, teacher)}
     total = terms["l1"] + lambda_edge * terms["edge"] + lambda_spectral * terms["spectral"]
     if lambda_cosine:
@@ -817,10 +813,8 @@ def train(cfg):
                     small, layers, teacher = remembered_pass(kept, numbers, image, backbone, cfg.scale, accelerator)
                 else:
                     small, layers, teacher = frozen_pass(image, backbone, cfg.scale, accelerator)
-                P, mean = principal_components(teacher, cfg.k, accelerator)
-                student = upsampler(small, layers)
-                loss, terms = brixel_loss(student, teacher, cfg.lambda_edge, cfg.lambda_spectral, cfg.lambda_cosine,
-                                          P=P, mean=mean)
+                loss, terms = brixel_loss(upsampler(small, layers), teacher, cfg.lambda_edge, cfg.lambda_spectral,
+                                          cfg.lambda_cosine, cfg.k, accelerator)
                 accelerator.backward(loss)
             recent.append(torch.stack([loss, *terms.values()]).detach())
             if not accelerator.sync_gradients:
@@ -873,10 +867,9 @@ def evaluate(model, val_loader, accelerator):
             student = model.upsampler(small, layers)
         bilinear = F.interpolate(layers[-1], size=teacher.shape[2:], mode="bilinear")
         for photo, *maps in zip(image, *(x.split(1) for x in (layers[-1], bilinear, student, teacher))):
-            P, mean = principal_components(maps[-1])
             errors.append({})
             for row, x in (("bilinear", maps[1]), ("brixel", maps[2])):
-                _, terms = brixel_loss(x, maps[-1], lambda_cosine=1, P=P, mean=mean)
+                _, terms = brixel_loss(x, maps[-1], lambda_cosine=1)
                 terms["cosine"] = 1 - terms["cosine"]
                 errors[-1] |= {f"{row} {term}": value.item() for term, value in terms.items()}
             if len(rows) < 4:

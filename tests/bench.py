@@ -29,8 +29,7 @@ def bench_step(cfg, repeats):
         return brixel.frozen_pass(image, backbone, cfg.scale, accelerator)
 
     def loss_of(output, target):
-        P, mean = brixel.principal_components(target, cfg.k)
-        return brixel.brixel_loss(output, target, *lambdas, P=P, mean=mean)[0]
+        return brixel.brixel_loss(output, target, *lambdas, cfg.k)[0]
 
     small, layers, target = teacher()
     accelerator.backward(loss_of(upsampler(small, layers), target))

@@ -104,7 +104,8 @@ def exact_components(teacher):
 @pytest.mark.parametrize("name", ["sq32", "rect24x40", "odd31x45"])
 def test_losses_agree_with_the_equations(name):
     maps, values = tensors(f"losses_{name}"), json.loads((FIXTURES / "losses_values.json").read_text())[name]
-    _, terms = brixel.brixel_loss(maps["pred"], maps["target"], P=exact_components(maps["target"]))
+    _, terms = brixel.brixel_loss(student := maps["pred"], teacher := maps["target"])
+    terms["edge"] = brixel.edge_loss(student, teacher, exact_components(teacher))
     for term, key in {"l1": "paper64.Eq1_L1", "edge": "paper64.Eq2_edge_L1_exactSVD_K8 (mean|dgx|+mean|dgy|)",
                       "spectral": "paper64.Eq4_fftshift.hann.radFreq.bins24.r0=0.3"}.items():
         assert terms[term].item() == pytest.approx(values[key], rel=1e-4)
@@ -118,24 +119,25 @@ def test_principal_components_are_the_exact_ones_and_the_same_at_every_call():
     assert torch.equal(brixel.principal_components(teacher)[0], P)
     exact = exact_components(teacher)
     torch.testing.assert_close(P[:, :3].abs(), exact[:, :3].abs(), atol=1e-2, rtol=0)    # largest first
-    edges = [brixel.edge_loss(torch.zeros_like(teacher), teacher, P=x).item() for x in (P, exact)]
+    edges = [brixel.edge_loss(torch.zeros_like(teacher), teacher, x).item() for x in (P, exact)]
     assert edges[0] == pytest.approx(edges[1], rel=1e-4)                                 # what svd_lowrank adds
 
 
 def test_cosine_loss_of_two_tokens_by_hand():
     teacher = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]).T.reshape(1, 2, 1, 2) + 5      # (1, 0), (-1, 0) around (5, 5)
     student = torch.tensor([[0.0, 3.0], [-2.0, 0.0]]).T.reshape(1, 2, 1, 2) + 5      # at a right angle, and parallel
-    assert brixel.cosine_loss(student, teacher).item() == pytest.approx(1 - (0 + 1) / 2)
+    assert brixel.cosine_loss(student, teacher, torch.tensor([5.0, 5.0])).item() == pytest.approx(1 - (0 + 1) / 2)
 
 
 def test_brixel_loss_is_the_weighted_sum_of_its_terms_and_taken_in_float32():
     student, teacher = torch.randn(2, 2, 16, 12, 12).bfloat16()
-    P, mean = torch.linalg.qr(torch.randn(16, 4)).Q, torch.randn(16)
-    total, terms = brixel.brixel_loss(student, teacher, 0.2, 0.03, 2.0, P=P, mean=mean)
-    assert terms["edge"] == brixel.edge_loss(student, teacher, P=P)
-    assert terms["cosine"] == brixel.cosine_loss(student, teacher, mean) != brixel.cosine_loss(student, teacher)
+    P, mean = brixel.principal_components(teacher, 4)
+    total, terms = brixel.brixel_loss(student, teacher, 0.2, 0.03, 2.0, 4)
+    assert terms["edge"] == brixel.edge_loss(student, teacher, P) and P.shape == (16, 4)
+    assert terms["cosine"] == brixel.cosine_loss(student, teacher, mean)
+    torch.testing.assert_close(mean, teacher.float().mean((0, 2, 3)))
     assert total == terms["l1"] + 0.2 * terms["edge"] + 0.03 * terms["spectral"] + 2 * terms["cosine"]
-    assert total == brixel.brixel_loss(student.float(), teacher.float(), 0.2, 0.03, 2.0, P=P, mean=mean)[0]
+    assert total == brixel.brixel_loss(student.float(), teacher.float(), 0.2, 0.03, 2.0, 4)[0]
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
