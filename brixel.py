@@ -1122,13 +1122,9 @@ def load_checkpoint(accelerator, cfg, settings):
 CHOICES = {"scale": (2, 4, 8), "crop": ("random", "center"), "optimizer": ("adam", "muon"),
            "mixed_precision": ("no", "bf16"), "report_to": ("none", "tensorboard", "wandb"),
            "split": ("paper", "dataset", "probe3d"), "depth": ("encoded", "metric")}
-SHARES = ("val_share", "crop_min", "lr_decay", "drop_path")       # 0 to 1
-POSITIVE = ("max_steps", "batch_size", "grad_accum", "log_every", "save_every", "eval_every", "k", "epochs", "repeats",
-            "hidden", "classes")                                  # all other numbers: 0 or more
 
 
 class Parser(argparse.ArgumentParser):
-    """What it refuses is a BrixelError."""
     def error(self, message):
         raise BrixelError(message)
 
@@ -1136,59 +1132,43 @@ class Parser(argparse.ArgumentParser):
 def load_config(argv, flag, default, description, path=Path(__file__).with_name("config.yaml")):
     """Settings of one run: a section of config.yaml, each of its keys a flag, the comment beside it the help.
 
-    flag: "preset" or "task", the flag that names the section: of brixel.py, or of probe.py.
-    Returns: argparse.Namespace of the section's keys and of `flag`.
-    Raises: BrixelError for an unknown key or flag, or a value that cannot work, in config.yaml or in argv.
+    flag: "preset" (of brixel.py) or "task" (of probe.py), which names the section.   Returns: argparse.Namespace.
+    Raises: BrixelError for an unknown key or a value of another type, in the section or in argv.
     """
     import yaml
 
     loader = type("Loader", (yaml.SafeLoader,), {})
-    number = re.compile(r"[-+]?\d[\d.]*[eE][-+]?\d+$")             # to YAML 1.1, 1e-3 is a string
-    loader.add_implicit_resolver("tag:yaml.org,2002:float", number, None)
+    loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"-?\d+e-?\d+$"), None)   # 1e-3, else a string
     with one_sentence(path.name):
         text = path.read_text("utf-8")
         sections = yaml.load(text, loader)
-        names = [name for name, section in sections.items() if ("max_steps" in section) == (flag == "preset")]
+    names = [name for name, section in sections.items() if ("max_steps" in section) == (flag == "preset")]
     chooser = Parser(allow_abbrev=False, add_help=False)
-    chooser.add_argument(f"--{flag}", choices=names, default=default,
-                         help=f"section of config.yaml, with its settings [{default}]")
+    chooser.add_argument(f"--{flag}", choices=names, default=default, help=f"section of config.yaml [{default}]")
     name = getattr(chooser.parse_known_args(argv)[0], flag)
     parser = Parser(parents=[chooser], description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    # A comment gives its key help and type, in the first preset; of tasks in the task itself or the first that has it
-    bodies = re.findall(r"^['\"]?(\w+)['\"]?:(.*?)(?=^['\"]?\w|\Z)", text, re.MULTILINE | re.DOTALL)
-    comments = {section: dict(re.findall(r"^  (\w+):.*?\s# (.*)", body, re.MULTILINE)) for section, body in bodies}
-    known = {}                                     # {key: (a value of its type, its help)}
-    for section in names[:1] if flag == "preset" else [*names[::-1], name]:
-        known |= {key: (sections[section][key], comment) for key, comment in comments.get(section, {}).items()}
-    values = [f"--{flag}={name}"]                  # of the section, as flags: one parser looks at all values
-    for key, value in sections[name].items():
-        example, comment = known.get(key, ("", None))
-        if isinstance(example, bool):
+    # The first preset says which keys there are, of which type, and their help; a task and those before it, as well
+    known = names[:1] if flag == "preset" else names[:names.index(name) + 1]
+    reference, bodies = sections[known[-1]], dict(re.findall(r"^(\w+):(.*?)(?=^\w|\Z)", text, re.M | re.S))
+    comments = dict(re.findall(r"^  (\w+):.*?\s# (.*)", "".join(bodies[section] for section in known), re.M))
+    for key, value in (reference | sections[name]).items():
+        if key not in comments:
+            raise BrixelError(f"{path.name}: {name}: there is no setting {key}")
+        example, choices = reference[key], CHOICES.get(key)
+        if isinstance(example, float) and type(value) is int:
+            value = float(value)
+        if type(value) is not type(example) or choices and value not in choices:
+            raise BrixelError(f"{path.name}: {name}: {key}: {value!r} must be like {choices or repr(example)}")
+        kind = {"type": type(value), "choices": choices}
+        if isinstance(value, bool):
             kind = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(example, list):
-            kind = {"type": type(example[0]), "nargs": "+"}
-        else:
-            kind = {"type": type(example), "choices": CHOICES.get(key)}
-        if comment:                                # else the parser will not know this key
-            spellings = dict.fromkeys([f"--{key}", f"--{key.replace('_', '-')}"])      # both, as accelerate does
-            parser.add_argument(*spellings, help=f"{comment} [{value}]".replace("%", "%%"), **kind)
-        if isinstance(value, list):
-            values += [f"--{key}", *map(str, value)]
-        elif isinstance(value, bool) and isinstance(example, bool):
-            values.append(f"--{key}" if value else f"--no-{key}")
-        else:
-            values.append(f"--{key}={value}")
-    with one_sentence(f"{path.name}: {name}"):
-        cfg = parser.parse_args(values)
-    cfg = parser.parse_args(argv, cfg)
-    for key, value in vars(cfg).items():
-        low, high = int(key in POSITIVE), 1 if key in SHARES else 2**31
-        for x in value if isinstance(value, list) else [value]:
-            if isinstance(x, int | float) and not low <= x <= high:                    # nan is neither
-                raise BrixelError(f"{key} {x} must be {low} to {high} (--{key})")
-    return cfg
+        elif isinstance(value, list):
+            kind = {"type": type(value[0]), "nargs": "+"}
+        spellings = dict.fromkeys([f"--{key}", f"--{key.replace('_', '-')}"])          # both, as accelerate does
+        parser.add_argument(*spellings, default=value, help=f"{comments[key]} [{value}]".replace("%", "%%"), **kind)
+    return parser.parse_args(argv)
 
 
 def command(program, run):

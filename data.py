@@ -97,7 +97,7 @@ def read_crop(file, size, min_side=0, rng=None, crop_min=0.0):
         short = min(image.size)
         if short < max(min_side, 1):
             raise DataError(f"the short side is {short} px, min_side is {min_side}")
-        smallest = crop_min * short or min(size, short)
+        smallest = min(crop_min * short or size, short)
         side = rng.uniform(smallest, short) if rng else short                           # of the crop, in file pixels
 
         # A JPEG is decoded at 1/2, 1/4 or 1/8 if the crop still has `size` pixels then

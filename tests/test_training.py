@@ -82,10 +82,10 @@ def test_a_preset_of_ones_own_at_the_end_of_the_file_works(tmp_path):
 
 
 @pytest.mark.parametrize("line, words", [
-    ("  lt: 2.0  # rate", "mine: .*--lt"), ("  lr: fast", "mine: .*--lr.*'fast'"), ("  lr: -1", "lr -1"),
-    ("  mixed_precision: no", "mine: .*mixed_precision.*'no'"), ("  max_steps: 1.5", "mine: .*max.steps.*'1.5'"),
-    ("  resume: 3", "mine: .*resume"), ("\tlr: 1.0", "line"), ("  lr 1.0", "line"), ("  <<: *fast", "fast.*line"),
-    ('  data_dir: "C:\\photos"', "line"), ("  lr:", "mine: .*--lr")])
+    ("  lt: 2.0  # rate", "mine: .*lt"), ("  lr: fast", "mine: lr: 'fast' .*0.001"), ("  lr:", "mine: lr: None"),
+    ("  mixed_precision: no", "mine: .*mixed_precision.*'no'"), ("  max_steps: 1.5", "mine: max_steps: 1.5 .*40000"),
+    ("  resume: 3", "mine: resume"), ("  crop: centre", "mine: crop: 'centre' .*'center'"), ("\tlr: 1.0", "line"),
+    ("  lr 1.0", "line"), ("  <<: *fast", "fast.*line"), ('  data_dir: "C:\\photos"', "line")])
 def test_a_mistake_in_the_config_is_one_sentence(tmp_path, line, words):
     with pytest.raises(brixel.BrixelError, match=words) as caught:
         settings("--preset", "mine", path=config_with(tmp_path, f"mine:\n  <<: *best\n{line}"))
@@ -93,10 +93,10 @@ def test_a_mistake_in_the_config_is_one_sentence(tmp_path, line, words):
 
 
 @pytest.mark.parametrize("args, sentence", [
-    (["--lr", "fast"], "--lr.*'fast'"), (["--lr", "nan"], "--lr"), (["--num_workers", "-1"], "--num_workers"),
-    (["--max_step", "5"], "--max_step"), (["--preset", "ade20k"], "--preset.*'ade20k'"), (["--k", "0"], "--k"),
-    (["--teacher_size", "130"], "4 x 16 .--teacher_size"), (["--optimizer", "sgd"], "--optimizer.*'sgd'.*adam.*muon"),
-    (["--crop_min", "1.5"], "--crop_min"), (["--backbone", "dinov9"], "'dinov9'.*dinov3_vitb16.*sample.*siglip2"),
+    (["--lr", "fast"], "--lr.*'fast'"), (["--max_step", "5"], "--max_step"), (["--val_share", "1"], "--val_share"),
+    (["--preset", "ade20k"], "--preset.*'ade20k'"), (["--optimizer", "sgd"], "--optimizer.*'sgd'.*adam.*muon"),
+    (["--teacher_size", "130"], "4 x 16 .--teacher_size"),
+    (["--backbone", "dinov9"], "'dinov9'.*dinov3_vitb16.*sample.*siglip2"),
     (["--data_dir", "no/such/folder", "--backbone", "dinov9"], "no/such/folder.*--data_dir"),
     (["--out", "no/such/folder/out.pt"], "--out .*no/such/folder"), (["--out", "out.bin"], "--out out.bin"),
     (["--init", "none.pt"], "none.pt .*--init"), (["--report_to", "wandb"], "--report_to.*wandb is not installed"),
