@@ -31,11 +31,9 @@ import math
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import torch
@@ -742,11 +740,8 @@ def make_accelerator(cfg):
 
 def set_up(cfg, backbone, accelerator):
     """Brixel on its device, with new weights or those of --init; its upsampler as it trains; the optimizers."""
-    from accelerate.utils import set_seed
-
-    set_seed(cfg.seed)                                            # the same initial weights everywhere,
+    torch.manual_seed(cfg.seed)                                   # the same initial weights in all processes
     model = Brixel(backbone, cfg.scale, drop_path=cfg.drop_path, full_rank=cfg.full_rank)
-    set_seed(cfg.seed, device_specific=True)                      # but not the same stochastic depth
     if cfg.init:
         wanted, model = model.settings, load(cfg.init, backbone, drop_path=cfg.drop_path)
         for key in ("backbone", "scale", "full_rank"):
@@ -787,14 +782,14 @@ def train(cfg):
     accelerator = make_accelerator(cfg)
     model, upsampler, optimizers = set_up(cfg, backbone, accelerator)
     settings = {**vars(cfg), "n_photos": len(index), "processes": accelerator.num_processes}
-    step = load_checkpoint(accelerator, cfg, settings) if cfg.resume else 0
+    step = load_checkpoint(accelerator, cfg, model, optimizers, settings) if cfg.resume else 0
     samples_per_step = cfg.batch_size * cfg.grad_accum
     samples = range(step * samples_per_step, cfg.max_steps * samples_per_step)
     loader, val_loader = data.make_loaders(cfg, index, train_ids, val_ids, samples, accelerator)
     next(iter(val_loader), None)                   # if no held-out photo can be used, the run ends now, not at its end
     if accelerator.is_main_process and not cfg.resume:            # what an earlier run left: --overwrite asks for it
         beside(cfg, ".jsonl").unlink(missing_ok=True)
-        shutil.rmtree(beside(cfg, ".state"), ignore_errors=True)
+        beside(cfg, ".state").unlink(missing_ok=True)
     accelerator.init_trackers("brixel", config={key: str(value) for key, value in vars(cfg).items()})
     steps_per_epoch = (cfg.cache_crops or len(train_ids)) / samples_per_step
     accelerator.print(*index.notes, f"settings: {json.dumps(settings)}", f"{samples_per_step} samples a step, "
@@ -807,7 +802,9 @@ def train(cfg):
         for number in (signal.SIGTERM, signal.SIGINT):
             before = signal.signal(number, lambda *_: accelerator.set_trigger())
             handlers.callback(signal.signal, number, before)
-        for numbers, image in loader:
+        for n, (numbers, image) in enumerate(loader, step * cfg.grad_accum):
+            # by the number of the batch alone: a resumed run has the same stochastic depth
+            torch.manual_seed((cfg.seed << 32) + n * accelerator.num_processes + accelerator.process_index)
             with accelerator.accumulate(upsampler):
                 if cfg.cache_crops:
                     small, layers, teacher = remembered_pass(kept, numbers, image, backbone, cfg.scale, accelerator)
@@ -839,7 +836,7 @@ def train(cfg):
                 log(accelerator, cfg, step, evaluate(model, val_loader, accelerator)[0])
             stop = accelerator.check_trigger()
             if stop or step % cfg.save_every == 0 or step == cfg.max_steps:
-                save_checkpoint(accelerator, cfg, model, settings, step)
+                save_checkpoint(accelerator, cfg, model, optimizers, settings, step)
             clock += time.time() - pause
             if stop:
                 accelerator.end_training()
@@ -1058,23 +1055,13 @@ def log(accelerator, cfg, step, record):
             file.write(json.dumps({"step": step, **record}) + "\n")
 
 
-def checksums(folder):
-    """{name: CRC-32} of the files in `folder`."""
-    return {path.name: zlib.crc32(path.read_bytes()) for path in sorted(folder.iterdir())}
-
-
-def save_checkpoint(accelerator, cfg, model, settings, step):
-    """Write --out and all that is needed to go on, out.state/step_0000400, whole or not at all; only the last stays."""
-    folder = beside(cfg, ".state")
-    with one_sentence(f"cannot write a checkpoint to {folder} (is there space left?); what was saved before is kept"):
-        accelerator.save_state(str(folder / "tmp"))
-    accelerator.wait_for_everyone()                               # each process writes its own random state
+def save_checkpoint(accelerator, cfg, model, optimizers, settings, step):
+    """Write out.state, all that is needed to go on, and --out, each whole or not at all."""
     if accelerator.is_main_process:
-        record = {**settings, "step": step, "files": checksums(folder / "tmp")}
-        (folder / "tmp/settings.json").write_text(json.dumps(record, indent=1))
-        os.replace(folder / "tmp", folder / f"step_{step:07d}")
-        for old in sorted(folder.glob("step_*"))[:-1]:
-            shutil.rmtree(old)
+        state = {"settings": settings, "step": step, "model": model.upsampler.state_dict(),
+                 "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+        with atomic(beside(cfg, ".state")) as temporary:
+            torch.save(state, temporary)
         model.save(cfg.out, training=vars(cfg), command=shlex.join(sys.argv), step=step)
     accelerator.wait_for_everyone()
 
@@ -1084,35 +1071,34 @@ SAME_RUN = ("backbone", "weights", "scale", "full_rank", "optimizer", "seed", "n
             "batch_size", "grad_accum")
 
 
-def load_checkpoint(accelerator, cfg, settings):
-    """Go on from the last checkpoint of this run, and name every setting that has changed.   Returns: its step.
+def load_checkpoint(accelerator, cfg, model, optimizers, settings):
+    """Go on from out.state, and name every setting that has changed.   Returns: its step.
 
     Raises: BrixelError if there is none, if it is damaged, or if it is of another run (SAME_RUN).
     """
-    found = sorted(beside(cfg, ".state").glob("step_*"))
-    if not found:
-        raise BrixelError(f"there is no checkpoint of a run in {beside(cfg, '.state')}: give --overwrite, not --resume")
-    with one_sentence(f"{found[-1]}/settings.json or a file that it names is damaged: start anew with --overwrite"):
-        saved = json.loads((found[-1] / "settings.json").read_text())
-        damaged = saved["files"].items() - checksums(found[-1]).items()
-        if damaged:
-            raise ValueError(f"{found[-1] / min(damaged)[0]} is not as it was written")
+    path = beside(cfg, ".state")
+    if not path.exists():
+        raise BrixelError(f"there is no {path} to go on from: give --overwrite, not --resume")
+    with one_sentence(f"{path} is damaged: start anew with --overwrite"):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        saved, step = state["settings"], state["step"]
     changed = {key: f"{key} was {saved.get(key)!r}, is {value!r}" for key, value in settings.items()
                if saved.get(key) != value and key not in ("resume", "overwrite", "out")}
     refused = [changed[key] for key in SAME_RUN if key in changed]
     if refused:
-        raise BrixelError(f"not the run that is saved in {found[-1]}: {'; '.join(refused)} (--resume)")
-    if saved["step"] > cfg.max_steps:
-        raise BrixelError(f"{found[-1]} is beyond max_steps {cfg.max_steps} (--max_steps, --resume)")
-    with one_sentence(f"{found[-1]} cannot be read"):
-        accelerator.load_state(str(found[-1]))
+        raise BrixelError(f"not the run that is saved in {path}: {'; '.join(refused)} (--resume)")
+    if step > cfg.max_steps:
+        raise BrixelError(f"{path} is beyond max_steps {cfg.max_steps} (--max_steps, --resume)")
+    model.upsampler.load_state_dict(state["model"])
+    for optimizer, content in zip(optimizers, state["optimizers"]):
+        optimizer.load_state_dict(content)
     path = beside(cfg, ".jsonl")
     if accelerator.is_main_process and path.exists():             # what was logged after it will be logged again
         lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
         with atomic(path) as temporary:
-            temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= saved["step"]))
-    accelerator.print(f"resuming after step {saved['step']} of {cfg.max_steps}", *changed.values(), sep="; ")
-    return saved["step"]
+            temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+    accelerator.print(f"resuming after step {step} of {cfg.max_steps}", *changed.values(), sep="; ")
+    return step
 
 
 # ----------------------------------------------------------------------------------------------------------------------
