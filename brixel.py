@@ -544,20 +544,6 @@ class Brixel(nn.Module):
             else:
                 torch.save({"brixel": settings, "model": tensors}, temporary)
 
-    def export_onnx(self, path, size=None):
-        """Write backbone, adapter and head, set to eval mode, as an ONNX file: image (batch, 3, *size) -> features.
-
-        size: side, or (H, W), of the image in pixels, default 16 x 16 tokens.
-        Weights of more than 1.5 GB lie beside it, in path.data.
-        """
-        size = size or 16 * self.settings["patch_size"]
-        H, W = (size, size) if isinstance(size, int) else size
-        example = next(self.upsampler.parameters()).new_zeros(2, 3, H, W)
-        check_image(example, self.settings["patch_size"])
-        torch.onnx.export(
-            self.eval(), (example,), str(path), dynamo=True, opset_version=20, external_data=False,
-            input_names=["image"], output_names=["features"], dynamic_shapes=({0: "batch"},))
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. Losses (Sec. 2.2): L = L1 + lambda_edge * L_edge + lambda_spectral * L_spectral

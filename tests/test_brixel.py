@@ -1,6 +1,7 @@
 """The network, the losses and the checkpoints of brixel.py."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -200,10 +201,12 @@ brixel.load_backbone("sample")
     assert "[1, 64, 16, 12]" in done.stdout and "BrixelError: data.py of BRIXEL must lie beside" in done.stderr
 
 
-def test_onnx_agrees_with_pytorch_for_any_batch(tmp_path):
+def test_onnx_as_the_readme_writes_it_agrees_with_pytorch_for_any_batch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     model = trained(brixel.load_backbone("timm:test_vit", None), full_rank=True)
-    model.export_onnx(tmp_path / "brixel.onnx", 48)
-    session = onnxruntime.InferenceSession(tmp_path / "brixel.onnx")
+    code = re.search(r"```python\n(torch.onnx.*?)```", (ROOT / "tests/README.md").read_text("utf-8"), re.DOTALL)[1]
+    exec(code, {"torch": torch, "model": model, "x": torch.zeros(1, 3, 48, 48)})
+    session = onnxruntime.InferenceSession("brixel.onnx")
     for batch in (1, 3):
         x = torch.randn(batch, 3, 48, 48)
         got = torch.from_numpy(session.run(None, {"image": x.numpy()})[0])
