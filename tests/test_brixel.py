@@ -198,7 +198,8 @@ print(brixel.load("out.pt")(torch.zeros(1, 3, 64, 48)).shape)
 brixel.load_backbone("sample")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert "[1, 64, 16, 12]" in done.stdout and "BrixelError: data.py of BRIXEL must lie beside" in done.stderr
+    assert "[1, 64, 16, 12]" in done.stdout and "BrixelError: cannot load backbone sample" in done.stderr
+    assert "No module named 'data'" in done.stderr.splitlines()[-1]
 
 
 def test_onnx_as_the_readme_writes_it_agrees_with_pytorch_for_any_batch(tmp_path, monkeypatch):
