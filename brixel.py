@@ -340,17 +340,13 @@ class DeformableAttention(nn.Module):
         value = self.value(tokens).view(B, h, w, M, -1).permute(0, 3, 4, 1, 2)  # (B, M, D/2M, h, w)
 
         # where to look: the query's own cell, plus offsets in tokens
-        y = (torch.arange(qh, device=query.device) + 0.5) / qh        # query cell centers in [0, 1]
-        x = (torch.arange(qw, device=query.device) + 0.5) / qw
-        y, x = torch.meshgrid(y, x, indexing="ij")                        # (qh, qw)
-        reference = torch.stack([x.flatten(), y.flatten()], -1)           # (Q, 2)
+        y, x = ((torch.arange(n, device=query.device) + 0.5) / n for n in (qh, qw))    # in [0, 1]
+        cells = torch.cartesian_prod(y, x).flip(-1)                       # (Q, 2), x first
         offsets = self.offsets(query).view(B, Q, M, points, 2).permute(0, 2, 3, 1, 4)
-        normalizer = torch.tensor([w, h], device=query.device)
-        locations = reference + offsets / normalizer               # (B, M, points, Q, 2), in [0, 1]
+        locations = cells + offsets / torch.tensor([w, h], device=query.device)        # (B, M, points, Q, 2)
         grid = 2 * locations.flatten(0, 1).float() - 1              # as grid_sample counts, -1 to 1
         # in float32: bfloat16 moves the places, and torch 2.14's kernel for it on a CPU gives NaN
-        sampled = F.grid_sample(value.flatten(0, 1).float(), grid, align_corners=False)
-        sampled = sampled.to(value.dtype)
+        sampled = F.grid_sample(value.flatten(0, 1).float(), grid, align_corners=False).to(value.dtype)
 
         # sampled: (B*M, D/2M, points, Q); queries innermost, for sums that are vectorized on a CPU
         weights = self.weights(query).view(B, Q, M, points).permute(0, 2, 3, 1).softmax(2)
@@ -570,10 +566,8 @@ def principal_components(teacher, k=8, accelerator=None):
 
 def sobel(x):
     """Gradients of every channel in x and in y, no padding: (B, C, H, W) -> (B*C, 2, H-2, W-2)."""
-    sobel_x = torch.tensor([[1.0, 0.0, -1.0],
-                            [2.0, 0.0, -2.0],
-                            [1.0, 0.0, -1.0]], device=x.device)
-    kernels = torch.stack([sobel_x, sobel_x.T])[:, None].to(x.dtype)      # (2, 1, 3, 3)
+    sobel_x = torch.tensor([[1, 0, -1], [2, 0, -2], [1, 0, -1]], dtype=x.dtype, device=x.device)
+    kernels = torch.stack([sobel_x, sobel_x.T])[:, None]                  # (2, 1, 3, 3)
     return F.conv2d(x.flatten(0, 1)[:, None], kernels)
 
 
