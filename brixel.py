@@ -1120,16 +1120,14 @@ def load_config(argv, flag, default, description, path=Path(__file__).with_name(
     return parser.parse_args(argv)
 
 
-def command(program, run):
-    """run(), the body of a command line: a user's mistake is one sentence and exit code 1, on any console.
-
-    BRIXEL_DEBUG=1 in the environment shows where it came from.
-    """
+@contextlib.contextmanager
+def command_line(program):
+    """Within it a user's mistake is one sentence and exit code 1, on any console; BRIXEL_DEBUG=1 shows where."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")         # what it cannot show is shown otherwise
     try:
-        run()
+        yield
     except KeyboardInterrupt:        # within the training loop train() itself saves its state first
         sys.exit(f"{program}: stopped")
     except Exception as error:
@@ -1141,8 +1139,8 @@ def command(program, run):
 
 
 def main(argv=None):
-    """Command line of brixel.py."""
-    command("brixel.py", lambda: train(load_config(argv, "preset", "paper", __doc__)))
+    with command_line("brixel.py"):
+        train(load_config(argv, "preset", "paper", __doc__))
 
 
 if __name__ == "__main__":

@@ -657,13 +657,12 @@ def run_cost(cfg):
 # 6. Command line
 
 def main(argv=None):
-    def run():
+    with brixel.command_line("probe.py"):
         cfg = brixel.load_config(argv, "task", "pca", __doc__)
         tasks = {"pca": run_pca, "cost": run_cost, **dict.fromkeys(BENCHMARKS, run_benchmark)}
         if cfg.task not in tasks:
             raise brixel.BrixelError(f"--task {cfg.task}: choose from {', '.join(tasks)}")
         tasks[cfg.task](cfg)
-    brixel.command("probe.py", run)
 
 
 if __name__ == "__main__":

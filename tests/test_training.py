@@ -278,15 +278,19 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_last_checkpoint(in_process, p
 
 
 def test_ctrl_c_and_mistakes_are_one_sentence_on_any_console_unless_a_traceback_is_wanted(monkeypatch):
+    def run(action):
+        with brixel.command_line("x"):
+            action()
+
     console = io.TextIOWrapper(io.BytesIO(), "cp1252")
     monkeypatch.setattr(sys, "stdout", console)
-    brixel.command("x", lambda: print("RMSE \u2193"))
+    run(lambda: print("RMSE \u2193"))
     console.flush()
     assert console.buffer.getvalue().strip() == rb"RMSE \u2193"
-    assert error_of(brixel.command, "x", Mock(side_effect=KeyboardInterrupt)) == "x: stopped"
+    assert error_of(run, Mock(side_effect=KeyboardInterrupt)) == "x: stopped"
     monkeypatch.setenv("BRIXEL_DEBUG", "1")
     with pytest.raises(brixel.BrixelError) as caught:
-        brixel.command("x", lambda: brixel.load_backbone("timm:nothing"))
+        run(lambda: brixel.load_backbone("timm:nothing"))
     assert caught.value.__cause__ is not None
 
 
