@@ -42,7 +42,7 @@ VARIANTS = {
 
 def train(flags, kept):
     """Train on the crops whose maps are `kept`.   Returns: the upsampler."""
-    with (tempfile.TemporaryDirectory() as folder,
+    with (tempfile.TemporaryDirectory() as folder, mock.patch("brixel.finish"),          # errors() measures
           mock.patch("brixel.remembered_pass", lambda _, *inputs, real=brixel.remembered_pass: real(kept, *inputs)),
           mock.patch("data.Photos.__getitem__", lambda _, sample: (sample[0], torch.empty(0)))):  # nothing is decoded
         brixel.main([*flags, "--out", f"{folder}/out.pt"])
