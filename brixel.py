@@ -267,8 +267,6 @@ def nhwc(x):
 
 def resize(x, size):
     """Bilinear resize of (B, H, W, C) to `size` = (H', W'), align_corners False."""
-    if x.shape[1:3] == tuple(size):
-        return x
     return nhwc(F.interpolate(nchw(x), size=size, mode="bilinear", align_corners=False))
 
 
@@ -287,10 +285,7 @@ def zero_linear(n_in, n_out):
 
 
 class SpatialPrior(nn.Module):
-    """Pixels to features of strides 4 and 8, resized: what the patch embedding has thrown away.
-
-    Differs from the released code, which also has strides 16 and 32; they never reach the output.
-    """
+    """Pixels to features of strides 4 and 8, resized: what the patch embedding has thrown away."""
     def __init__(self, embed_dim, stem_width=64):
         super().__init__()
         self.stem = nn.Sequential(
@@ -311,10 +306,7 @@ class SpatialPrior(nn.Module):
 
 
 class DeformableAttention(nn.Module):
-    """Every query looks at `points` learned places per head of the token map (Deformable DETR).
-
-    Differs from the released code: F.grid_sample, not a compiled extension; it trains anywhere.
-    """
+    """Every query looks at `points` learned places per head of the token map (Deformable DETR)."""
     def __init__(self, dim, heads=16, points=4):
         super().__init__()
         self.heads, self.points = heads, points
