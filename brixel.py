@@ -4,7 +4,7 @@ Reproduces "Efficient Dense Features with BRIXEL" (Lappe and Giese, arXiv 2511.0
 image; a trainable ViT adapter and a convolutional head turn that into the feature map which the same ViT gives for the
 image at 4x the side length.  No labels are used.
 
-    accelerate launch brixel.py --preset quickstart                      # no GPU: minutes on two cores
+    python brixel.py --preset quickstart                                 # no GPU: minutes on two cores
     accelerate launch brixel.py --backbone dinov3                        # the paper's recipe on photos/; writes out.pt
     model = brixel.load("out.pt")
     features = model(model.preprocess(photo, 256))                       # (1, C, 64, 64) for a square photo, patch 16
@@ -25,6 +25,7 @@ released code" is github.com/alexanderlappe/BRIXEL, by file and line of f19a3c7.
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -34,6 +35,8 @@ import shlex
 import signal
 import sys
 import time
+import traceback
+import zlib
 from pathlib import Path
 
 import torch
@@ -108,6 +111,8 @@ class Backbone(nn.Module):
         self.mean, self.std = tuple(mean), tuple(std)
         self.model = model
         self.requires_grad_(False).eval()
+        values = torch.cat([p.flatten()[:100].float() for p in model.parameters()])
+        self.checksum = zlib.crc32(values.numpy().tobytes())      # tells which weights these are, wherever they lay
 
     def layers(self, x, indices=None):
         """x: (B, 3, H, W), normalized.   Returns: the blocks `indices` (default: out_indices), each (B, C, h, w)."""
@@ -123,9 +128,8 @@ class Backbone(nn.Module):
 
 def normalize(image, backbone):
     """(B, 3, H, W) uint8 -> float32 with the backbone's mean and std removed."""
-    from torchvision.transforms import functional as TF
-
-    return TF.normalize(image / 255, backbone.mean, backbone.std)
+    channels = zip(image.unbind(1), backbone.mean, backbone.std)  # numbers, not tensors: nothing is sent to the GPU
+    return torch.stack([(x / 255 - mean) / std for x, mean, std in channels], 1)
 
 
 class TimmBackbone(Backbone):
@@ -333,10 +337,10 @@ class DeformableAttention(nn.Module):
 
         # where to look: the query's own cell, plus offsets in tokens
         y, x = ((torch.arange(n, device=query.device) + 0.5) / n for n in (qh, qw))    # in [0, 1]
-        cells = torch.cartesian_prod(y, x).flip(-1)                       # (Q, 2), x first
-        offsets = self.offsets(query).view(B, Q, M, points, 2).permute(0, 2, 3, 1, 4)
-        locations = cells + offsets / torch.tensor([w, h], device=query.device)        # (B, M, points, Q, 2)
-        grid = 2 * locations.flatten(0, 1).float() - 1              # as grid_sample counts, -1 to 1
+        y, x = torch.cartesian_prod(y, x).unbind(-1)                      # (Q,), of every query
+        dx, dy = self.offsets(query).view(B, Q, M, points, 2).permute(4, 0, 2, 3, 1)   # (B, M, points, Q)
+        locations = torch.stack([x + dx / w, y + dy / h], -1)             # (B, M, points, Q, 2)
+        grid = 2 * locations.flatten(0, 1).float() - 1                    # as grid_sample counts, -1 to 1
         # in float32: bfloat16 moves the places, and torch 2.14's kernel for it on a CPU gives NaN
         sampled = F.grid_sample(value.flatten(0, 1).float(), grid, align_corners=False).to(value.dtype)
 
@@ -477,7 +481,8 @@ class Brixel(nn.Module):
         self.scale = scale
         self.upsampler = Upsampler(backbone.embed_dim, scale, **options)
         self.settings = {"backbone": backbone.name, "weights": str(getattr(backbone, "weights", "pretrained")),
-                         "embed_dim": backbone.embed_dim, "patch_size": backbone.patch_size, **self.upsampler.options}
+                         "checksum": getattr(backbone, "checksum", None), "embed_dim": backbone.embed_dim,
+                         "patch_size": backbone.patch_size, **self.upsampler.options}
 
     def train(self, mode=True):
         """Only the upsampler has a training mode; the backbone stays in eval mode."""
@@ -545,9 +550,10 @@ def principal_components(teacher, k=8, accelerator=None):
     """
     add_up = accelerator.reduce if accelerator else lambda x: x
     tokens = teacher.float().flatten(2).transpose(1, 2).flatten(0, 1)                  # (N, C)
-    count = add_up(tokens.new_tensor(float(len(tokens))))
+    count = add_up(tokens.new_full((), len(tokens)))
     mean = add_up(tokens.sum(0)) / count                                               # (C,)
-    covariance = add_up((tokens - mean).T @ (tokens - mean)) / count                   # (C, C)
+    tokens = tokens - mean
+    covariance = add_up(tokens.T @ tokens) / count                                     # (C, C)
     # nan_to_num: a teacher that is not finite shall show as a loss that is not, not as an exception
     covariance = covariance.nan_to_num(0, 0, 0)
     with torch.random.fork_rng(devices=[teacher.device] if teacher.is_cuda else []):
@@ -557,10 +563,9 @@ def principal_components(teacher, k=8, accelerator=None):
 
 
 def sobel(x):
-    """Gradients of every channel in x and in y, no padding: (B, C, H, W) -> (B*C, 2, H-2, W-2)."""
-    sobel_x = torch.tensor([[1, 0, -1], [2, 0, -2], [1, 0, -1]], dtype=x.dtype, device=x.device)
-    kernels = torch.stack([sobel_x, sobel_x.T])[:, None]                  # (2, 1, 3, 3)
-    return F.conv2d(x.flatten(0, 1)[:, None], kernels)
+    """Gradients in x and in y, by 3x3 kernels without padding: (B, C, H, W) -> two of (B, C, H-2, W-2)."""
+    dx, dy = x[..., :-2] - x[..., 2:], x[..., :-2, :] - x[..., 2:, :]
+    return dx[..., :-2, :] + 2 * dx[..., 1:-1, :] + dx[..., 2:, :], dy[..., :-2] + 2 * dy[..., 1:-1] + dy[..., 2:]
 
 
 def edge_loss(student, teacher, P):
@@ -571,10 +576,12 @@ def edge_loss(student, teacher, P):
     Differs from the released code, which squares the difference (train_utils.py).
     """
     difference = torch.einsum("bchw,ck->bkhw", teacher.float() - student.float(), P)
-    gradients = sobel(difference)                                         # (B*k, 2, H-2, W-2)
-    return gradients[:, 0].abs().mean() + gradients[:, 1].abs().mean()
+    gradient_x, gradient_y = sobel(difference)
+    return gradient_x.abs().mean() + gradient_y.abs().mean()
 
 
+@functools.cache
+@torch.inference_mode(False)
 def ring_index(H, W, rings, device=None):
     """Ring of every FFT cell, by |frequency| over its maximum, right-closed: (H*W,) int64."""
     fy = torch.fft.fftfreq(H, dtype=torch.float64, device=device)[:, None]
@@ -652,16 +659,16 @@ def frozen_pass(image, backbone, scale, accelerator):
         return small, backbone.layers(small), backbone(image)
 
 
-def remembered_pass(kept, numbers, images, *args):
-    """frozen_pass of crops, each computed when its number is first met, then kept in the dict `kept`, float16, CPU.
+def cached_pass(maps_of, numbers, images, *args):
+    """frozen_pass of crops, each computed when its number is first met, then kept in the dict `maps_of`, float16, CPU.
 
     One crop at a time, so that no map depends on the crops beside it.
     """
     for number, image in zip(numbers.tolist(), images):
-        if number not in kept:
+        if number not in maps_of:
             small, layers, teacher = frozen_pass(image[None], *args)
-            kept[number] = [x.half().cpu() for x in (small, *layers, teacher)]
-    maps = zip(*(kept[number] for number in numbers.tolist()))
+            maps_of[number] = [x.half().cpu() for x in (small, *layers, teacher)]
+    maps = zip(*(maps_of[number] for number in numbers.tolist()))
     small, *layers, teacher = (torch.cat(x).to(images.device).float() for x in maps)
     return small, layers, teacher
 
@@ -690,10 +697,14 @@ def make_accelerator(cfg):
     from accelerate.utils import GradientAccumulationPlugin
     from data import usable_cores
 
-    with one_sentence("Accelerate cannot start (--mixed_precision, --compile, --report_to)"):
+    for plugin in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() in ("true", "1"):
+            raise BrixelError(f"accelerate is configured for {plugin}, which a network this small does not need: "
+                              "choose multi-GPU or no distributed training in `accelerate config`")
+    with one_sentence("Accelerate cannot start (--mixed_precision, --report_to)"):
         accelerator = Accelerator(
             cpu=torch.backends.mps.is_available(),                # MPS has no float64, which the rings need
-            mixed_precision=cfg.mixed_precision, dynamo_backend="inductor" if cfg.compile else None,
+            mixed_precision=cfg.mixed_precision, dynamo_backend="no",          # compile_parts is what --compile does
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=cfg.grad_accum),
             log_with=None if cfg.report_to == "none" else cfg.report_to, project_dir=Path(cfg.out).absolute().parent,
             dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True))
@@ -705,32 +716,69 @@ def make_accelerator(cfg):
 
 
 def set_up(cfg, backbone, accelerator):
-    """Brixel on its device, with new weights or those of --init; its upsampler as it trains; the optimizers."""
+    """Brixel on its device, with new weights or those of --init; its upsampler once more, as it trains; optimizers."""
     torch.manual_seed(cfg.seed)                                   # the same initial weights in all processes
     model = Brixel(backbone, cfg.scale, drop_path=cfg.drop_path, full_rank=cfg.full_rank)
     if cfg.init:
         wanted, model = model.settings, load(cfg.init, backbone, drop_path=cfg.drop_path)
-        for key in ("backbone", "scale", "full_rank"):
+        for key in ("checksum" if model.settings["checksum"] else "backbone", "scale", "full_rank"):
             if model.settings[key] != wanted[key]:
-                raise BrixelError(f"{cfg.init} has {key} {model.settings[key]}, not {wanted[key]} (--init, --{key})")
-        model.settings = {key: model.settings[key] for key in wanted}      # not its errors, command and so on
+                name = "backbone" if key == "checksum" else key
+                raise BrixelError(f"{cfg.init} has {name} {model.settings[name]}, not {wanted[name]} (--init, "
+                                  f"--{name})")
+        model.settings = wanted | model.upsampler.options         # not its errors, command and so on
     model = model.to(accelerator.device).train()
+    if cfg.compile:
+        compile_parts(model)
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         model.upsampler = nn.SyncBatchNorm.convert_sync_batchnorm(model.upsampler)
     upsampler, *optimizers = accelerator.prepare(model.upsampler, *make_optimizers(model.upsampler, cfg))
     return model, upsampler, optimizers
 
 
-def optimizer_step(upsampler, optimizers, lr):
-    """Apply the gradients, unless they are not finite.   Returns: whether they were."""
-    finite = bool(nn.utils.get_total_norm([p.grad for p in upsampler.parameters()]).isfinite())
+def compile_parts(model):
+    """torch.compile the frozen layers and the upsampler of a Brixel, in place: its checkpoints stay as they are."""
+    torch._dynamo.config.recompile_limit = 64                     # a graph for every size of image and of batch
+    model.backbone.layers = torch.compile(model.backbone.layers, dynamic=False)
+    model.upsampler.compile(dynamic=False)
+
+
+@contextlib.contextmanager
+def stop_requests(numbers):
+    """Yield a list to which the signals `numbers` append, so that a run can save and stop after its step.
+
+    A second Ctrl-C stops at once; one within a second is the same one, passed on by a launcher.
+    """
+    def ask(number, frame):
+        if number == signal.SIGINT and asked and time.time() - asked[0] > 1:
+            raise KeyboardInterrupt
+        asked.append(time.time())
+
+    asked = []
+    with contextlib.ExitStack() as former:
+        for number in numbers:
+            if signal.getsignal(number) != signal.SIG_IGN:        # nohup ignores SIGHUP
+                former.callback(signal.signal, number, signal.signal(number, ask))
+        yield asked
+
+
+def optimizer_step(upsampler, optimizers, lr, accelerator=None, stop=False):
+    """Apply the gradients, unless they are not finite.
+
+    stop: whether this process was asked to stop.   Returns: whether they were finite; whether any process was asked.
+    The only place in a step where the CPU waits for the device.
+    """
+    norm = nn.utils.get_total_norm([p.grad for p in upsampler.parameters()])
+    flags = torch.stack([norm * 0, torch.full_like(norm, stop)])                       # 0 * inf is nan
+    zero, asked = (accelerator.reduce(flags) if accelerator else flags).tolist()
+    finite = zero == 0
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
         if finite:
             optimizer.step()
         optimizer.zero_grad()
-    return finite
+    return finite, asked > 0
 
 
 def train(cfg):
@@ -748,17 +796,18 @@ def train(cfg):
     index = data.PhotoIndex(cfg.data_dir)          # before CUDA is up: it forks processes to read tar files
     train_ids, val_ids = data.split(len(index), cfg.val_share)
     backbone = load_backbone(cfg.backbone, cfg.weights)
-    if cfg.teacher_size % (cfg.scale * backbone.patch_size):
-        raise BrixelError(f"teacher_size {cfg.teacher_size} must be a multiple of scale x patch size = {cfg.scale} x "
-                          f"{backbone.patch_size} (--teacher_size)")
+    for side in cfg.teacher_size:
+        if side % (cfg.scale * backbone.patch_size):
+            raise BrixelError(f"teacher_size {side} must be a multiple of scale x patch size = {cfg.scale} x "
+                              f"{backbone.patch_size} (--teacher_size)")
     accelerator = make_accelerator(cfg)
     model, upsampler, optimizers = set_up(cfg, backbone, accelerator)
-    settings = {**vars(cfg), "n_photos": len(index), "processes": accelerator.num_processes}
-    step = load_checkpoint(accelerator, cfg, model, optimizers, settings) if cfg.resume else 0
+    settings = {**vars(cfg), "checksum": backbone.checksum, "n_photos": len(index),
+                "processes": accelerator.num_processes}
+    first = step = load_checkpoint(accelerator, cfg, model, optimizers, settings) if cfg.resume else 0
     samples_per_step = cfg.batch_size * cfg.grad_accum
     samples = range(step * samples_per_step, cfg.max_steps * samples_per_step)
     loader, val_loader = data.make_loaders(cfg, index, train_ids, val_ids, samples, accelerator)
-    next(iter(val_loader), None)                   # if no held-out photo can be used, the run ends now, not at its end
     if accelerator.is_main_process and not cfg.resume:            # what an earlier run left: --overwrite asks for it
         out.with_suffix(".jsonl").unlink(missing_ok=True)
         out.with_suffix(".state").unlink(missing_ok=True)
@@ -768,99 +817,137 @@ def train(cfg):
                       f"{cfg.warmup_epochs * steps_per_epoch:.0f} of {cfg.max_steps} steps of warm-up, "
                       f"{sum(p.numel() for p in upsampler.parameters()):,} parameters, {accelerator.device}", sep="\n")
 
-    kept, recent, clock = {}, [], time.time()
+    maps_of, recent, batches, bad, clock = {}, [], 0, 0, time.time()
+    skipped_photos = data.Skipped()
     progress = tqdm(initial=step, total=cfg.max_steps, unit="step")
-    with contextlib.ExitStack() as handlers:       # in it SIGTERM and Ctrl-C only ask to save and stop after the step
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before = signal.signal(number, lambda *_: accelerator.set_trigger())
-            handlers.callback(signal.signal, number, before)
-        for n, (numbers, image) in enumerate(loader, step * cfg.grad_accum):
+    launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE"} & set(os.environ)     # of torchrun, of accelerate
+    launcher = os.getppid() if launched else None
+    with stop_requests(data.STOP_SIGNALS) as asked:
+        for n, (numbers, image, skipped) in enumerate(loader, step * cfg.grad_accum):
             # by the number of the batch alone: a resumed run has the same stochastic depth
             torch.manual_seed((cfg.seed << 32) + n * accelerator.num_processes + accelerator.process_index)
             with accelerator.accumulate(upsampler):
                 if cfg.cache_crops:
-                    small, layers, teacher = remembered_pass(kept, numbers, image, backbone, cfg.scale, accelerator)
+                    small, layers, teacher = cached_pass(maps_of, numbers, image, backbone, cfg.scale, accelerator)
                 else:
                     small, layers, teacher = frozen_pass(image, backbone, cfg.scale, accelerator)
                 loss, terms = brixel_loss(upsampler(small, layers), teacher, cfg.lambda_edge, cfg.lambda_spectral,
                                           cfg.lambda_cosine, cfg.k, accelerator)
                 accelerator.backward(loss)
+            for line in skipped_photos(skipped):
+                accelerator.print(line)
             recent.append(torch.stack([loss, *terms.values()]).detach())
+            batches += 1
             if not accelerator.sync_gradients:
                 continue
 
             lr = lr_at(step, cfg, steps_per_epoch)
-            if not optimizer_step(upsampler, optimizers, lr):
-                raise BrixelError(f"the loss ({loss.item():.3g}) or a gradient of step {step + 1} is not finite: go on "
-                                  "from the last checkpoint with --resume and a lower --lr, or --mixed_precision no")
+            alone = launcher not in (None, os.getppid())          # a signal has ended the launcher, and only that
+            finite, stop = optimizer_step(upsampler, optimizers, lr, accelerator, bool(asked) or alone)
             step += 1
             progress.update()
+            bad = 0 if finite else bad + 1         # steps in a row that are left out
+            if bad:
+                del recent[-cfg.grad_accum:]
+            if bad == 10:
+                raise BrixelError(f"the loss ({loss.item():.3g}) or a gradient of ten steps, to step {step}, is not "
+                                  "finite: go on from the last checkpoint with --resume and a lower --lr, or "
+                                  "--mixed_precision no")
 
+            if step == first + 1:
+                began = time.time()                # the first step also waits for the loader's first batch
+            if step == first + 10 and accelerator.device.type == "cuda":
+                seconds, memory = (time.time() - began) / 9, torch.cuda.max_memory_allocated()
+                accelerator.print(f"\n{samples_per_step / seconds:.3g} images/s, at most {memory / 1e9:.3g} GB a GPU; "
+                                  f"all {cfg.max_steps} steps take {cfg.max_steps * seconds / 3600:.2g} hours")
             if step % cfg.log_every == 0 or step == cfg.max_steps:
-                means = accelerator.reduce(torch.stack(recent).mean(0), "mean").tolist()
-                rate = len(recent) * cfg.batch_size / (time.time() - clock)
-                record = dict(zip(("loss", *terms), means)) | {"images/s": rate, "lr": lr}
+                means = accelerator.reduce(torch.stack(recent).mean(0), "mean").tolist() if recent else []
+                record = dict(zip(("loss", *terms), means)) | {
+                    "images/s": batches * cfg.batch_size / (time.time() - clock), "lr": lr,
+                    "left_out": batches - len(recent)}
                 progress.set_postfix_str(" ".join(f"{name} {value:.3g}" for name, value in record.items()))
                 log(accelerator, cfg, step, record)
-                recent, clock = [], time.time()
+                recent, batches, clock = [], 0, time.time()
             pause = time.time()                    # for evaluation and saving, which the rate leaves out
-            if step % cfg.eval_every == 0 and step < cfg.max_steps:
-                log(accelerator, cfg, step, evaluate(model, val_loader, accelerator)[0])
-            stop = accelerator.check_trigger()
+            if step % cfg.eval_every == 0 and step < cfg.max_steps and not stop:
+                means, _ = evaluate(model, val_loader, accelerator, asked)
+                stop = means is None
+                log(accelerator, cfg, step, means or {})
             if stop or step % cfg.save_every == 0 or step == cfg.max_steps:
                 save_checkpoint(accelerator, cfg, model, optimizers, settings, step)
             clock += time.time() - pause
             if stop:
-                accelerator.end_training()
-                said = f"\nstopped by a signal after step {step}; to go on, add --resume"
-                sys.exit(said if accelerator.is_main_process else 1)
-    progress.close()
-    finish(cfg, model, val_loader, accelerator)
+                break
+        progress.close()
+        for line in skipped_photos.end():
+            accelerator.print(line)
+        if not stop:
+            stop = finish(cfg, model, val_loader, accelerator, asked, len(val_ids))
+    accelerator.end_training()
+    if stop:
+        said = f"\nstopped by a signal after step {step}; to go on, add --resume"
+        sys.exit(said if accelerator.is_main_process else 1)
 
 
 @torch.no_grad()
-def evaluate(model, val_loader, accelerator):
+def evaluate(model, val_loader, accelerator, asked=()):
     """Mean errors of bilinear upsampling and of BRIXEL over the held-out photos; pictures of the first four.
 
-    val_loader: this process's photos, one by one.   Returns: {"bilinear l1": float, ..., "brixel cosine": float,
-    "photos": int}, where cosine is 1 - cosine_loss, and rows of pictures for write_panel.  The edge term takes the
-    paper's k and each photo's own components (in training: the batch's), so that runs compare.
+    val_loader: this process's photos, one by one; None for one that cannot be used.   asked: of stop_requests.
+    Returns: {"bilinear l1": float, ..., "brixel cosine": float, "photos": int}, of several sizes "... at SIDE", where
+    cosine is 1 - cosine_loss; and rows of pictures for write_panel.  None, when a process was asked to stop.
+    The edge term takes the paper's k and each photo's own components (in training: the batch's), so that runs compare.
     """
     from accelerate.utils import gather_object, tqdm
 
-    errors, rows = [], []                                         # a dict, and a row of pictures, for each photo
+    errors, rows = [], []                          # (side, a dict), and a row of pictures, for each photo
     model.eval()
-    for _, image in tqdm(val_loader, desc="evaluating", leave=False):
+    for image in tqdm(val_loader, desc="evaluating", leave=False):
+        if asked:
+            break
+        if image is None:
+            continue
         small, layers, teacher = frozen_pass(image, model.backbone, model.scale, accelerator)
         with accelerator.autocast():
             student = model.upsampler(small, layers)
         bilinear = F.interpolate(layers[-1], size=teacher.shape[2:], mode="bilinear")
-        errors.append({})
+        errors.append((image.shape[-1], {}))
         for row, x in (("bilinear", bilinear), ("brixel", student)):
             _, terms = brixel_loss(x, teacher, lambda_cosine=1)
             terms["cosine"] = 1 - terms["cosine"]
-            errors[-1] |= {f"{row} {term}": value.item() for term, value in terms.items()}
+            errors[-1][1].update({f"{row} {term}": value.item() for term, value in terms.items()})
         if len(rows) < 4:
             rows.append([image[0].permute(1, 2, 0).numpy(), *pca_rgb(layers[-1], bilinear, student, teacher)])
     model.train()
-    errors = gather_object(errors)                                # of all processes
-    return {key: sum(e[key] for e in errors) / len(errors) for key in errors[0]} | {"photos": len(errors)}, rows
+    errors = gather_object([*errors, None] if asked else errors)  # of all processes
+    if None in errors:
+        return None, rows
+    means, sides = {}, sorted({side for side, _ in errors})
+    for side in sides:
+        found, end = [error for s, error in errors if s == side], f" at {side}" if len(sides) > 1 else ""
+        means |= {key + end: sum(error[key] for error in found) / len(found) for key in found[0]}
+        means["photos" + end] = len(found)
+    return means, rows
 
 
-def finish(cfg, model, val_loader, accelerator):
-    """Evaluate, write out.pt and out.png, print the errors and what was written."""
-    means, rows = evaluate(model, val_loader, accelerator)
+def finish(cfg, model, val_loader, accelerator, asked, n_val):
+    """Evaluate, write out.pt and out.png, print the errors and what was written.   Returns: whether it was to stop."""
+    means, rows = evaluate(model, val_loader, accelerator, asked)
+    if means is None:
+        return True
     log(accelerator, cfg, cfg.max_steps, means)
     if accelerator.is_main_process:
         out = Path(cfg.out)
         model.save(out, training=vars(cfg), command=shlex.join(sys.argv), step=cfg.max_steps, held_out=means)
-        write_panel(out.with_suffix(".png"), ("photo", "ViT", "bilinear", "BRIXEL", "teacher"), rows)
-        print(f"on {means['photos']} held-out photos:")
-        for row in ("bilinear", "brixel"):
-            print(*(f"{key} {value:8.4f}" for key, value in means.items() if key.startswith(row)), sep="   ")
+        with only_warn(f"no picture {out.with_suffix('.png')}"):
+            write_panel(out.with_suffix(".png"), ("photo", "ViT", "bilinear", "BRIXEL", "teacher"), rows)
+        photos = [value for key, value in means.items() if key.startswith("photos")]      # of each size
+        few = " (the others are too small or broken: --min_side, --data_dir)" if min(photos) < n_val / 2 else ""
+        print(f"on {', '.join(map(str, photos))} of {n_val} held-out photos{few}:")
+        print(*(f"{name:24} {value:.5g}" for name, value in means.items()), sep="\n")
         print(f"wrote {out}, {out.with_suffix('.png')}, {out.with_suffix('.jsonl')}; next: python probe.py --task pca "
               f"--ckpt {out} --image PHOTO")
-    accelerator.end_training()
+    return False
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -885,19 +972,24 @@ def load(path, backbone=None, weights=None, drop_path=0.3):
     if settings is None:
         tensors, settings = from_released(tensors, path)
     if not isinstance(backbone, nn.Module):
-        name = settings.get("backbone", backbone)
+        name, checksum = settings.get("backbone", backbone), settings.get("checksum")
         if name is None:
             raise BrixelError(f"{path} is a released checkpoint, which names no backbone: give one (--backbone)")
-        if backbone and BACKBONES.get(backbone, backbone) != BACKBONES.get(name, name):
-            raise BrixelError(f"{path} was trained for backbone {name}, not for {backbone} (--backbone)")
-        backbone = load_backbone(name, weights or settings.get("weights", "pretrained"))
+        wrong = f"{path} was trained for backbone {name}, not for {backbone or name} (--backbone, --weights)"
+        moved = checksum and str(backbone).startswith("hf:")      # to another folder, maybe: its weights tell
+        if backbone and not moved and BACKBONES.get(backbone, backbone) != BACKBONES.get(name, name):
+            raise BrixelError(wrong)
+        backbone = load_backbone(backbone or name, weights or settings.get("weights", "pretrained"))
+        if checksum and checksum != backbone.checksum:
+            raise BrixelError(f"{wrong}: its weights are others")
     with one_sentence(f"{path} does not fit BRIXEL on {backbone.name}"):
         if settings.get("patch_size", backbone.patch_size) != backbone.patch_size:
             raise ValueError(f"trained for patch size {settings['patch_size']}, not {backbone.patch_size}")
         options = ("scale", "width", "skip", "stem_width", "full_rank")
         model = Brixel(backbone, drop_path=drop_path, **{key: settings[key] for key in options if key in settings})
         model.upsampler.load_state_dict(tensors)
-    model.settings = {**model.settings, **settings, "weights": model.settings["weights"]}
+    here = {key: model.settings[key] for key in ("backbone", "weights")}               # not where they once lay
+    model.settings = {**model.settings, "checksum": None, **settings, **here}
     return model.eval()
 
 
@@ -915,13 +1007,15 @@ def read_tensors(path):
             with safe_open(path, "pt") as file:
                 settings = json.loads((file.metadata() or {}).get("brixel", "null"))
                 return {key: file.get_tensor(key) for key in file.keys()}, settings        # noqa: SIM118  no dict
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        settings = found.get("brixel")
+        with torch.serialization.safe_globals([argparse.Namespace]):       # timm's CheckpointSaver keeps its flags
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        settings = content.get("brixel")
         for key in ("model", "state_dict", "teacher"):
-            found = found.get(key, found)
-        if not all(torch.is_tensor(value) for value in found.values()):
+            content = content.get(key, content)
+        if not all(torch.is_tensor(value) for value in content.values()):
             raise ValueError("it holds other things than tensors")
-        return found, settings
+        prefix = re.compile(r"^((module|_orig_mod|_fsdp_wrapped_module|model)\.)+")   # of DDP, compile, FSDP, Lightning
+        return {prefix.sub("", key): value for key, value in content.items()}, settings
 
 
 # What the released checkpoints call our parameters, and which of theirs never reach the output.
@@ -981,18 +1075,28 @@ def pca_rgb(*maps):
 
 def write_panel(path, titles, rows, inches=2.6):
     """Write rows of pictures, each (H, W, 3) uint8, under a line of titles, as PNG; one picture is `inches` high."""
+    from matplotlib import style
     from matplotlib.figure import Figure
 
     widths = [picture.shape[1] / picture.shape[0] for picture in rows[0]]
-    figure = Figure((inches * sum(widths), inches * len(rows)), dpi=120)
-    figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=0.02, hspace=0.02)
-    axes = figure.subplots(len(rows), len(titles), squeeze=False, width_ratios=widths)
-    for axis, picture, title in itertools.zip_longest(axes.flat, itertools.chain(*rows), titles):
-        axis.imshow(picture)
-        axis.set_title(title)
-        axis.set_axis_off()
-    with atomic(path) as temporary:
+    with atomic(path) as temporary, style.context("default"):     # whatever the user's matplotlibrc says
+        figure = Figure((inches * sum(widths), inches * len(rows)), dpi=120)
+        figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=0.02, hspace=0.02)
+        axes = figure.subplots(len(rows), len(titles), squeeze=False, width_ratios=widths)
+        for axis, picture, title in itertools.zip_longest(axes.flat, itertools.chain(*rows), titles):
+            axis.imshow(picture)
+            axis.set_title(title)
+            axis.set_axis_off()
         figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.05)
+
+
+@contextlib.contextmanager
+def only_warn(what):
+    """An error within, in what is not worth a run, is a line on the console: `what` and the reason."""
+    try:
+        yield
+    except Exception as error:    # noqa: BLE001  a plotting library raises almost anything
+        print(f"warning: {what}: {str(error) or type(error).__name__}", file=sys.stderr)
 
 
 def check_writable(path, flag="--out"):
@@ -1022,8 +1126,8 @@ def save_checkpoint(accelerator, cfg, model, optimizers, settings, step):
 
 
 # What makes a run what it is: with another of these --resume would be another run.
-SAME_RUN = ("backbone", "weights", "scale", "full_rank", "optimizer", "seed", "n_photos", "val_share", "cache_crops",
-            "batch_size", "grad_accum")
+SAME_RUN = ("checksum", "scale", "full_rank", "optimizer", "seed", "n_photos", "val_share", "cache_crops", "batch_size",
+            "grad_accum")
 
 
 def load_checkpoint(accelerator, cfg, model, optimizers, settings):
@@ -1039,9 +1143,8 @@ def load_checkpoint(accelerator, cfg, model, optimizers, settings):
         saved, step = state["settings"], state["step"]
     changed = {key: f"{key} was {saved.get(key)!r}, is {value!r}" for key, value in settings.items()
                if saved.get(key) != value and key not in ("resume", "overwrite", "out")}
-    refused = [changed[key] for key in SAME_RUN if key in changed]
-    if refused:
-        raise BrixelError(f"not the run that is saved in {path}: {'; '.join(refused)} (--resume)")
+    if set(changed) & set(SAME_RUN):
+        raise BrixelError(f"not the run that is saved in {path}: {'; '.join(changed.values())} (--resume)")
     if step > cfg.max_steps:
         raise BrixelError(f"{path} is beyond max_steps {cfg.max_steps} (--max_steps, --resume)")
     model.upsampler.load_state_dict(state["model"])
@@ -1060,9 +1163,27 @@ def load_checkpoint(accelerator, cfg, model, optimizers, settings):
 # 7. Settings and command lines
 
 
+def within(low, high, whole=True):
+    """A type of settings: numbers from `low` to `high`; whole ones are also written 4e2 or 400.0."""
+    def number(text):
+        value = float(text)
+        if not low <= value <= high or whole and value % 1:                            # nan is in no range
+            raise argparse.ArgumentTypeError(f"{text} must be {'whole, ' if whole else ''}{low} to {high}")
+        return int(value) if whole else value
+    return number
+
+
+# The settings of each type; +: one or more values.  What they mean stands in config.yaml
+KINDS = {
+    within(1, 2**31): "teacher_size+ scale max_steps batch_size grad_accum k log_every eval_every save_every",
+    within(0, 2**31): "min_side cache_crops num_workers seed",
+    within(0, 2**31, whole=False): "lr warmup_lr warmup_epochs lambda_edge lambda_spectral lambda_cosine",
+    within(0, 1, whole=False): "crop_min val_share lr_decay drop_path",
+    bool: "overwrite resume full_rank compile",
+    str: "backbone weights data_dir out crop init optimizer mixed_precision report_to",
+}
 CHOICES = {"scale": (2, 4, 8), "crop": ("random", "center"), "optimizer": ("adam", "muon"),
-           "mixed_precision": ("no", "bf16"), "report_to": ("none", "tensorboard", "wandb"),
-           "split": ("paper", "dataset", "probe3d"), "depth": ("encoded", "metric")}
+           "mixed_precision": ("no", "bf16"), "report_to": ("none", "tensorboard", "wandb")}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1070,46 +1191,85 @@ class Parser(argparse.ArgumentParser):
         raise BrixelError(message)
 
 
-def load_config(argv, flag, default, description, path=Path(__file__).with_name("config.yaml")):
+def load_config(argv, flag, default, description, kinds=None, choices=None, path=None):
     """Settings of one run: a section of config.yaml, each of its keys a flag, the comment beside it the help.
 
-    flag: "preset" (of brixel.py) or "task" (of probe.py), which names the section.   Returns: argparse.Namespace.
-    Raises: BrixelError for an unknown key or a value of another type, in the section or in argv.
+    flag: "preset" (of brixel.py) or "task" (of probe.py), which names the section.   kinds, choices: of its settings.
+    Returns: argparse.Namespace.   Raises: BrixelError for an unknown key or a value that cannot be, in either place.
     """
     import yaml
 
-    loader = type("Loader", (yaml.SafeLoader,), {})
-    loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"-?\d+e-?\d+$"), None)   # 1e-3, else a string
+    class Loader(yaml.SafeLoader):
+        """Every value stays text, `no` or 1 as well: `kinds` says what it means."""
+        yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # merge keys, `<<: *name`
+
+        def construct_mapping(self, node, deep=False):
+            keys = [key.value for key, _ in node.value]
+            for i, (key, _) in enumerate(node.value):
+                if key.value in keys[:i]:
+                    raise BrixelError(f"line {key.start_mark.line + 1}: {key.value} stands here for the second time")
+            return super().construct_mapping(node, deep)
+
+    path = path or Path(__file__).with_name("config.yaml")
     with one_sentence(path.name):
         text = path.read_text("utf-8")
-        sections = yaml.load(text, loader)
-    names = [name for name, section in sections.items() if ("max_steps" in section) == (flag == "preset")]
+        sections = yaml.load(text, Loader)
+        names = [name for name, section in sections.items() if ("max_steps" in section) == (flag == "preset")]
     chooser = Parser(allow_abbrev=False, add_help=False)
     chooser.add_argument(f"--{flag}", choices=names, default=default, help=f"section of config.yaml [{default}]")
     name = getattr(chooser.parse_known_args(argv)[0], flag)
     parser = Parser(parents=[chooser], description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    # The first preset says which keys there are, of which type, and their help; a task and those before it, as well
-    known = names[:1] if flag == "preset" else names[:names.index(name) + 1]
-    reference, bodies = sections[known[-1]], dict(re.findall(r"^(\w+):(.*?)(?=^\w|\Z)", text, re.M | re.S))
-    comments = dict(re.findall(r"^  (\w+):.*?\s# (.*)", "".join(bodies[section] for section in known), re.M))
-    for key, value in (reference | sections[name]).items():
-        if key not in comments:
+    # The help of a key stands beside it in its section, or in one before
+    bodies = dict(re.findall(r"^(\w+):(.*?)(?=^\S|\Z)", text, re.M | re.S))
+    before = "".join(bodies.get(section, "") for section in names[:names.index(name) + 1])
+    comments = dict(re.findall(r"^  (\w+):.*?\s# (.*)", before, re.M))
+    kind_of = {key: kind for kind, keys in (kinds or KINDS).items() for key in keys.split()}
+    values = [f"--{flag}={name}"]                  # of the section, as flags: one parser looks at all values
+    defaults = sections[names[0]] if flag == "preset" else {}
+    for key, value in (defaults | sections[name]).items():
+        kind = kind_of.get(key) or kind_of.get(f"{key}+")
+        if kind is None:
             raise BrixelError(f"{path.name}: {name}: there is no setting {key}")
-        example, choices = reference[key], CHOICES.get(key)
-        if isinstance(example, float) and type(value) is int:
-            value = float(value)
-        if type(value) is not type(example) or choices and value not in choices:
-            raise BrixelError(f"{path.name}: {name}: {key}: {value!r} must be like {choices or repr(example)}")
-        kind = {"type": type(value), "choices": choices}
-        if isinstance(value, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(value, list):
-            kind = {"type": type(value[0]), "nargs": "+"}
+        words = value if isinstance(value, list) else [value]
+        if kind is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+            written = {"true": [f"--{key}"], "false": [f"--no-{key}"]}.get(value.lower(), [f"--{key}={value}"])
+        else:
+            several = isinstance(value, list) or key not in kind_of
+            options = {"type": kind, "choices": (choices or CHOICES).get(key), "nargs": "+" if several else None}
+            written = [f"--{key}", *words] if several else [f"--{key}={value}"]
         spellings = dict.fromkeys([f"--{key}", f"--{key.replace('_', '-')}"])          # both, as accelerate does
-        parser.add_argument(*spellings, default=value, help=f"{comments[key]} [{value}]".replace("%", "%%"), **kind)
-    return parser.parse_args(argv)
+        parser.add_argument(*spellings, help=f"{comments.get(key)} [{' '.join(words)}]".replace("%", "%%"), **options)
+        values += written
+    with one_sentence(f"{path.name}: {name}"):
+        cfg = parser.parse_args(values)
+    return parser.parse_args(argv, cfg)
+
+
+class Console:
+    """A stream whose reader may be gone (tee, a closed terminal): what is written from then on is dropped."""
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+# What libraries say of the limits of a place -> what helps
+REMEDIES = {
+    r"shared memory|Bus error|/torch_\d": "use --num_workers 0, or more shared memory (docker run --shm-size=8g)",
+    r"Too many open files|ancdata": "raise `ulimit -n`, or use fewer --num_workers",
+    r"worker .* is killed by signal: Killed|Cannot allocate memory": "use fewer --num_workers, or more memory",
+}
 
 
 @contextlib.contextmanager
@@ -1118,16 +1278,23 @@ def command_line(program):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")         # what it cannot show is shown otherwise
+    torch.backends.cuda.matmul.allow_tf32 = True                  # float32 products, "high" as in the released code
     try:
-        yield
+        with contextlib.redirect_stdout(Console(sys.stdout)), contextlib.redirect_stderr(Console(sys.stderr)):
+            yield
     except KeyboardInterrupt:        # within the training loop train() itself saves its state first
         sys.exit(f"{program}: stopped")
-    except Exception as error:
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)               # ends loaders' workers, which ignore signals
         data_error = getattr(sys.modules.get("data"), "DataError", BrixelError)
         mistake = isinstance(error, BrixelError | data_error | OSError | MemoryError | torch.OutOfMemoryError)
-        if not mistake or os.environ.get("BRIXEL_DEBUG"):
+        remedies = [] if isinstance(error, BrixelError | data_error) else [
+            f": {remedy}" for pattern, remedy in REMEDIES.items() if re.search(pattern, str(error))]
+        if not (mistake or remedies) or os.environ.get("BRIXEL_DEBUG"):
             raise
-        sys.exit(f"{program}: error: {str(error) or 'out of memory'}")
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(3)            # a mistake of all processes is told by the first; the launcher ends the others
+        sys.exit(f"{program}: error: {' '.join(str(error).split()) or 'out of memory'}{''.join(remedies)}")
 
 
 def main(argv=None):

@@ -456,7 +456,7 @@ def run_benchmark(cfg):
 
 def deviations(cfg, splits, backbone):
     """How a run differs from the paper's protocol, in sentences.  splits: train and val images of the last row."""
-    protocol = vars(brixel.load_config(["--task", cfg.task], "task", "pca", __doc__))
+    protocol = vars(load_config(["--task", cfg.task]))
     free = {"backbone", "weights", "ckpt", "data_dir", "teacher", "out", "cache_gb", "num_workers"}
     notes = [f"--{key} {' '.join(map(str, value)) if isinstance(value, list) else value}"
              for key, value in vars(cfg).items() if key not in free and value != protocol[key]]
@@ -656,9 +656,25 @@ def run_cost(cfg):
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. Command line
 
+# As in brixel.py: the settings of each type; +: one or more values
+KINDS = {
+    brixel.within(1, 2**31): "epochs batch_size hidden classes repeats",
+    brixel.within(0, 2**31): "size+ seed+ limit num_workers",
+    brixel.within(0, 2**31, whole=False): "lr weight_decay color_jitter+ cache_gb silog_beta",
+    bool: "teacher html compile",
+    str: "backbone weights ckpt data_dir out mixed_precision split depth image+ save_features",
+}
+CHOICES = {"mixed_precision": ("no", "bf16"), "split": ("paper", "dataset", "probe3d"), "depth": ("encoded", "metric")}
+
+
+def load_config(argv):
+    """Settings of one run: see brixel.load_config."""
+    return brixel.load_config(argv, "task", "pca", __doc__, KINDS, CHOICES)
+
+
 def main(argv=None):
     with brixel.command_line("probe.py"):
-        cfg = brixel.load_config(argv, "task", "pca", __doc__)
+        cfg = load_config(argv)
         tasks = {"pca": run_pca, "cost": run_cost, **dict.fromkeys(BENCHMARKS, run_benchmark)}
         if cfg.task not in tasks:
             raise brixel.BrixelError(f"--task {cfg.task}: choose from {', '.join(tasks)}")
