@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from conftest import FIXTURES, ROOT, tensors
 from PIL import Image
 from torch import nn
+from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 import brixel
 from brixel import BrixelError
@@ -145,7 +146,7 @@ def test_brixel_loss_is_the_weighted_sum_of_its_terms_and_taken_in_float32():
 @pytest.mark.parametrize("options", [{}, {"scale": 2, "width": 32}, {"scale": 8, "full_rank": True, "skip": "half"}])
 def test_checkpoint_round_trip(tmp_path, suffix, options):
     model, path, x = trained(**options), tmp_path / f"out{suffix}", torch.randn(1, 3, 64, 64)
-    default = {"backbone": "toy", "weights": "pretrained", "embed_dim": 64, "patch_size": 16,
+    default = {"backbone": "toy", "weights": "pretrained", "checksum": None, "embed_dim": 64, "patch_size": 16,
                "scale": 4, "width": 64, "skip": "full", "stem_width": 64, "full_rank": False}
     model.save(path, note="one")
     again = brixel.load(path, model.backbone, drop_path=0.1)
@@ -168,6 +169,23 @@ def test_checkpoint_of_another_backbone_is_refused(tmp_path):
     for backbone in ("dinov3", Toy(embed_dim=96), Toy(patch_size=14)):
         with pytest.raises(BrixelError, match=f"out.pt .*{getattr(backbone, 'name', backbone)}"):
             brixel.load(tmp_path / "out.pt", backbone)
+
+
+def test_checkpoint_follows_its_backbone_to_another_place_and_knows_it_there(tmp_path):
+    config = Dinov2Config(hidden_size=64, num_hidden_layers=4, num_attention_heads=2, image_size=112)
+    for folder in ("job1/vit", "other"):
+        Dinov2Model(config).save_pretrained(tmp_path / folder)
+        BitImageProcessor().save_pretrained(tmp_path / folder)
+    out, name = tmp_path / "out.pt", f"hf:{tmp_path}/job1/vit"
+    model = brixel.Brixel(brixel.load_backbone(name)).eval()
+    model.save(out)
+    (tmp_path / "job1").rename(tmp_path / "job2")
+    again, x = brixel.load(out, f"hf:{tmp_path}/job2/vit"), torch.randn(1, 3, 56, 56)
+    assert torch.equal(again(x), model(x)) and again.settings["backbone"].endswith("job2/vit")
+    for backbone, words in ((f"hf:{tmp_path}/other", "job1/vit, not for .*other .*weights are others"),
+                            (None, "job1/vit .*--backbone"), ("timm:test_vit", "not for timm:test_vit")):
+        with pytest.raises(BrixelError, match=words):
+            brixel.load(out, backbone)
 
 
 def test_released_checkpoint_drops_dead_keys_only(tmp_path):

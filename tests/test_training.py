@@ -1,5 +1,6 @@
 """Training from the command line: settings, mistakes, exact resuming, several processes, faults."""
 
+import contextlib
 import io
 import itertools
 import json
@@ -13,13 +14,17 @@ import time
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import FAST, ROOT, error_of, on_two_processes, tensors, weights_of
 from PIL import Image
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import brixel
+import data
 
 CONFIG = (ROOT / "config.yaml").read_text("utf-8")
 BEST_CACHED = ["--preset", "best", "--cache_crops", 6]            # after FAST; FAST alone is `paper`, with live crops
@@ -59,13 +64,14 @@ def test_every_key_is_a_flag_with_its_comment_as_help(capsys, monkeypatch):
     text = capsys.readouterr().out
     comments = dict(re.findall(r"^  (\w+): .*? +# (.*)", CONFIG.split("best:")[0], re.M))
     assert comments.keys() | {"preset"} == vars(settings()).keys()
+    assert sorted(comments) == sorted(" ".join(brixel.KINDS.values()).replace("+", "").split())
     for key, comment in comments.items():
         assert re.search(rf"^  --{key}\b.*\s+{re.escape(comment)} \[", text, re.M), key
     assert settings("--max-steps", "7", "--no-resume").max_steps == 7
 
 
 def test_paper_is_the_default_and_holds_the_paper_s_recipe():
-    recipe = {"backbone": "dinov3", "teacher_size": 1024, "scale": 4, "batch_size": 16, "max_steps": 40_000, "lr": 1e-3,
+    recipe = {"backbone": "dinov3", "teacher_size": [1024], "scale": 4, "batch_size": 16, "max_steps": 40_000, "lr": 1e-3,
               "warmup_lr": 1e-4, "warmup_epochs": 1, "lambda_edge": 1, "lambda_spectral": 0.1, "k": 8, "grad_accum": 1,
               "optimizer": "adam", "full_rank": False, "lambda_cosine": 0, "lr_decay": 0, "mixed_precision": "bf16"}
     assert vars(settings()).items() >= recipe.items()
@@ -77,17 +83,33 @@ def config_with(tmp_path, section):
     return path
 
 
-def test_a_preset_of_ones_own_at_the_end_of_the_file_works(tmp_path):
-    path = config_with(tmp_path, "mine:\n  <<: *best\n  lr: 1e-3\n  lr_decay: 1\n  data_dir: fot\u00f3s")
-    cfg = settings("--preset", "mine", path=path)
-    assert (cfg.lr, type(cfg.lr_decay), cfg.full_rank, cfg.data_dir) == (1e-3, float, True, "fot\u00f3s")
+def test_values_as_people_write_them_in_a_preset_of_their_own(tmp_path):
+    section = """mine:
+  <<: *best
+  lr: 1e-3
+  lr_decay: 1
+  max_steps: 4e2
+  batch_size: 16.0
+  mixed_precision: no
+  teacher_size: 448
+  out: 007.pt
+  data_dir: fot\u00f3s"""
+    cfg = vars(settings("--preset", "mine", path=config_with(tmp_path, section)))
+    want = {"lr": 1e-3, "lr_decay": 1.0, "max_steps": 400, "batch_size": 16, "mixed_precision": "no",
+            "teacher_size": [448], "out": "007.pt", "data_dir": "fot\u00f3s", "full_rank": True}
+    assert {key: cfg[key] for key in want} == want and type(cfg["lr_decay"]) is float is not type(cfg["max_steps"])
+    text = CONFIG.replace("lambda_edge: 1.0", "lambda_edge: 1").replace("drop_path: 0.3", "drop_path: 0")
+    (tmp_path / "config.yaml").write_text(re.sub(" +#.*", "", text), "utf-8")            # without comments, too
+    cfg = settings("--preset", "best", "--drop_path", "0.5", path=tmp_path / "config.yaml")
+    assert (cfg.lambda_edge, cfg.drop_path) == (0.2, 0.5)
 
 
 @pytest.mark.parametrize("line, words", [
-    ("  lt: 2.0  # rate", "mine: .*lt"), ("  lr: fast", "mine: lr: 'fast' .*0.001"), ("  lr:", "mine: lr: None"),
-    ("  mixed_precision: no", "mine: .*mixed_precision.*'no'"), ("  max_steps: 1.5", "mine: max_steps: 1.5 .*40000"),
-    ("  resume: 3", "mine: resume"), ("  crop: centre", "mine: crop: 'centre' .*'center'"), ("\tlr: 1.0", "line"),
-    ("  lr 1.0", "line"), ("  <<: *fast", "fast.*line"), ('  data_dir: "C:\\photos"', "line")])
+    ("  lt: 2.0  # rate", "mine: .*lt"), ("  lr: fast", "mine: .*--lr.*'fast'"), ("  lr:", "mine: .*--lr"),
+    ("  mixed_precision: yes", "mine: .*mixed_precision.*'yes'"), ("  max_steps: 1.5", "mine: .*max_steps.*1.5"),
+    ("  resume: 3", "mine: .*resume"), ("  crop: centre", "mine: .*crop.*'centre'.*'center'"), ("\tlr: 1.0", "line"),
+    ("  lr 1.0", "line"), ("  <<: *fast", "fast.*line"), ('  data_dir: "C:\\photos"', "line"), ("  lr: -1", "lr.*-1"),
+    ("  lr: 1\n  k: 4\n  lr: 2", "line [0-9]+: lr "), ("best:\n  k: 1", "line [0-9]+: best ")])
 def test_a_mistake_in_the_config_is_one_sentence(tmp_path, line, words):
     with pytest.raises(brixel.BrixelError, match=words) as caught:
         settings("--preset", "mine", path=config_with(tmp_path, f"mine:\n  <<: *best\n{line}"))
@@ -95,7 +117,8 @@ def test_a_mistake_in_the_config_is_one_sentence(tmp_path, line, words):
 
 
 @pytest.mark.parametrize("args, sentence", [
-    (["--lr", "fast"], "--lr.*'fast'"), (["--max_step", "5"], "--max_step"), (["--val_share", "1"], "--val_share"),
+    (["--lr", "nan"], "--lr"), (["--max_step", "5"], "--max_step"), (["--val_share", "1"], "--val_share"),
+    (["--k", "0"], "--k"), (["--num_workers", "-1"], "--num_workers"), (["--crop_min", "1.5"], "--crop_min"),
     (["--preset", "ade20k"], "--preset.*'ade20k'"), (["--optimizer", "sgd"], "--optimizer.*'sgd'.*adam.*muon"),
     (["--teacher_size", "130"], "4 x 16 .--teacher_size"),
     (["--backbone", "dinov9"], "'dinov9'.*dinov3_vitb16.*sample.*siglip2"),
@@ -168,6 +191,20 @@ def test_another_scale_crop_and_precision_train(in_process, photos, tmp_path):
     assert brixel.load(out)(torch.zeros(1, 3, 32, 48)).shape == (1, 64, 16, 24)
 
 
+def test_several_sizes_take_turns_and_a_stopped_run_goes_on_bit_for_bit(in_process, photos, tmp_path, monkeypatch):
+    sides, real = [], brixel.frozen_pass
+    monkeypatch.setattr(brixel, "frozen_pass", lambda image, *args: sides.append(image.shape[-1]) or real(image, *args))
+    flags = [*FAST, "--teacher_size", 64, 128, 64, "--max_steps", 6, "--eval_every", 6, "--data_dir", photos]
+    in_process(*flags, "--out", tmp_path / "whole.pt")
+    assert sides == [64, 128, 64, 64, 128, 64, 64, 128]           # six batches, one held-out photo at each size
+    last = json.loads((tmp_path / "whole.jsonl").read_text().splitlines()[-1])
+    assert {key for key in last if "photos" in key} == {"photos at 64", "photos at 128"} and "brixel l1 at 128" in last
+    call_at(monkeypatch, "optimizer_step", 2, lambda: signal.raise_signal(signal.SIGUSR1))
+    assert "after step 2" in error_of(in_process, *flags, "--out", tmp_path / "parts.pt")
+    in_process(*flags, "--out", tmp_path / "parts.pt", "--resume")
+    torch.testing.assert_close(weights_of(tmp_path / "whole.pt"), weights_of(tmp_path / "parts.pt"), rtol=0, atol=0)
+
+
 def test_init_takes_what_load_takes_and_refuses_another_network(in_process, photos, tmp_path):
     common, first = [*FAST, "--data_dir", photos, "--warmup_epochs", 0], tmp_path / "first.pt"
     brixel.Brixel(brixel.load_backbone("timm:test_vit", None)).save(first, note="a year on a thousand GPUs")
@@ -213,24 +250,55 @@ def test_stopped_run_resumes_bit_for_bit(in_process, photos, tmp_path, monkeypat
     assert [record["step"] for record in log_of(out)] == [1, 2, 3, 4, 5, 6, 7]
 
 
-def start(out, *args):
+def start(out, *args, launcher=(), **options):
     """brixel.py in a session of its own, on one thread, up to its first checkpoint."""
-    code = "import torch, data, brixel; torch.set_num_threads(1); data.usable_cores = lambda: 1; brixel.main()"
-    command = [sys.executable, "-c", code, *FAST, "--out", out, "--save_every", 1, *args]
-    process = subprocess.Popen([*map(str, command)], cwd=ROOT, start_new_session=True, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = [sys.executable, *launcher, ROOT / "brixel.py", *FAST, "--out", out, "--save_every", 1, *args]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    process = subprocess.Popen([*map(str, command)], start_new_session=True, text=True, env=environment,
+                               **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | options)
     while process.poll() is None and not out.exists():
         time.sleep(0.02)
     return process
 
 
-def test_ctrl_c_in_the_terminal_reaches_the_workers_too_and_does_no_harm(photos, tmp_path):
-    out = tmp_path / "out.pt"
-    process = start(out, "--data_dir", photos, "--max_steps", 9999, "--num_workers", 1)
-    os.killpg(process.pid, signal.SIGINT)
-    output = process.communicate()[0]
-    assert process.returncode == 1 and "Traceback" not in output
-    assert f"stopped by a signal after step {saved_step(out)};" in output
+def end(process, number, to="group"):
+    """Send a signal `to` the process, its group or every process of it, as batch systems do; wait for all of them."""
+    parent = psutil.Process(process.pid)
+    family = [parent, *parent.children(recursive=True)]
+    targets = {"process": [parent], "every": family}.get(to)
+    if targets is None:
+        os.killpg(process.pid, number)
+    else:
+        [each.send_signal(number) for each in targets if each.is_running()]
+    output = process.communicate(timeout=60)[0]
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+    return output
+
+
+@pytest.mark.parametrize("number, to", [(signal.SIGTERM, "group"), (signal.SIGUSR1, "every")])
+def test_a_signal_saves_the_run_with_its_loaders_workers(in_process, photos, tmp_path, number, to):
+    whole, parts, common = tmp_path / "a.pt", tmp_path / "b.pt", ["--data_dir", photos, "--max_steps", 60]
+    process = start(parts, *common, "--save_every", 1000, "--eval_every", 2, "--num_workers", 2)
+    output = end(process, number, to)
+    assert process.returncode == 1 and f"after step {saved_step(parts)};" in output and "Traceback" not in output
+    for out, flags in ((whole, []), (parts, ["--resume"])):
+        in_process(*FAST, *common, "--eval_every", 1000, "--out", out, *flags)
+    torch.testing.assert_close(weights_of(whole), weights_of(parts), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("number, to", [(signal.SIGTERM, "process"), (signal.SIGINT, "every"), (signal.SIGUSR1, "process")])
+def test_a_signal_saves_the_run_of_two_processes_under_a_launcher_into_a_dead_pipe(photos, tmp_path, number, to):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    reader = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    process = start(tmp_path / "out.pt", "--data_dir", photos, "--max_steps", 9999, "--num_workers", 2,
+                    launcher=launcher, stdout=reader.stdin, stderr=reader.stdin)
+    reader.kill()
+    reader.stdin.close()
+    reader.wait()
+    before = saved_step(tmp_path / "out.pt")
+    end(process, number, to)
+    assert saved_step(tmp_path / "out.pt") == len(log_of(tmp_path / "out.pt")) >= before
 
 
 def test_run_killed_at_a_random_moment_resumes_bit_for_bit(in_process, photos, tmp_path):
@@ -245,10 +313,30 @@ def test_run_killed_at_a_random_moment_resumes_bit_for_bit(in_process, photos, t
     torch.testing.assert_close(weights_of(whole), weights_of(parts), rtol=0, atol=0)
 
 
+def test_untidy_photos_and_pictures_that_cannot_be_drawn_cost_no_result(photos, tmp_path):
+    """Two thirds of the photos are too small, and a matplotlibrc asks for a LaTeX that is not there."""
+    for i in range(16):
+        Image.new("RGB", (90, 90), (i, i, i)).save(photos / f"small{i}.jpg")
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
+    (tmp_path / "out.png").mkdir()                                # where no picture can be written
+    command = [sys.executable, "brixel.py", *FAST, "--data_dir", photos, "--val_share", 0.4, "--out", tmp_path / "out.pt",
+               "--overwrite", "--num_workers", 2]
+    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "MATPLOTLIBRC": str(tmp_path), "PATH": "/usr/bin:/bin"})
+    said, index = done.stdout + done.stderr, data.PhotoIndex(photos)
+    usable = [i for i in data.split(len(index), 0.4)[1] if "small" not in index.name(i)]
+    assert done.returncode == 0 and said.count("warning: ") == 1 and "out.png" in said, said
+    assert re.search(rf"on {len(usable)} of 10 held-out photos .*--min_side", said) and len(usable) < 5
+    assert brixel.load(tmp_path / "out.pt").settings["held_out"]["photos"] == len(usable)
+    assert said.count("skipped ") <= 3 and re.search(r"of the first 8 samples \d+ % met a photo .*min_side 128", said)
+    (tmp_path / "out.png").rmdir()
+    brixel.write_panel(tmp_path / "out.png", ["a"], [[np.zeros((9, 9, 3), np.uint8)]])
+
+
 def test_resume_refuses_another_run_and_names_every_other_change(in_process, photos, tmp_path, capsys):
     common = [*FAST, "--data_dir", photos, "--out", tmp_path / "out.pt"]
     in_process(*common, "--max_steps", 2)
-    for args, words in ((["--seed", 1], "seed was 42, is 1"), (["--optimizer", "muon"], "'adam', is 'muon'"),
+    for args, words in ((["--seed", 1], "seed was 42, is 1"), (["--backbone", "timm:test_vit2"], "checksum was"), (["--optimizer", "muon"], "'adam', is 'muon'"),
                         (["--max_steps", 1], "--max_steps")):
         assert words in error_of(in_process, *common, "--resume", *args)
     in_process(*common, "--resume", "--lr", "0.5", "--max_steps", 3)
@@ -323,12 +411,52 @@ def test_two_processes_see_the_photos_and_gradients_of_one(in_process, photos, t
     torch.testing.assert_close(one, two, rtol=0, atol=1e-3 * one.norm().item())
 
 
-def test_a_step_that_is_not_finite_stops_the_run_and_a_lower_lr_goes_on(in_process, photos, tmp_path, monkeypatch):
+def test_steps_that_are_not_finite_are_left_out_and_ten_in_a_row_stop_the_run(in_process, photos, tmp_path, monkeypatch):
     real, calls = brixel.l1_loss, itertools.count(1)
-    monkeypatch.setattr(brixel, "l1_loss", lambda *maps: real(*maps) * (math.nan if next(calls) == 3 else 1))
-    common = [*FAST, "--data_dir", photos, "--save_every", 1, "--out", tmp_path / "a.pt"]
-    message = error_of(in_process, *common)
-    assert "step 3" in message and "--resume" in message and "--lr" in message
-    assert saved_step(tmp_path / "a.pt") == 2
-    in_process(*common, "--resume", "--lr", 1e-4)
+    monkeypatch.setattr(brixel, "l1_loss", lambda *maps: real(*maps) * (math.nan if next(calls) in bad else 1))
+    common, bad = [*FAST, "--data_dir", photos, "--save_every", 1, "--out", tmp_path / "a.pt"], {2}
+    in_process(*common, "--log_every", 2)
+    assert [record["left_out"] for record in log_of(tmp_path / "a.pt")] == [1, 0]
+    assert all(math.isfinite(record["loss"]) for record in log_of(tmp_path / "a.pt"))
+    calls, bad = itertools.count(1), range(3, 99)
+    message = error_of(in_process, *common, "--max_steps", 99, "--overwrite")
+    assert "step 12" in message and "--resume" in message and "--lr" in message and saved_step(tmp_path / "a.pt") == 11
     assert all(torch.isfinite(value).all() for value in weights_of(tmp_path / "a.pt").values())
+
+
+def test_compiled_run_has_the_losses_and_the_names_of_a_plain_one(in_process, photos, tmp_path, monkeypatch):
+    plain, out, real, compiled = tmp_path / "plain.pt", tmp_path / "out.pt", torch.compile, []
+
+    def compile_eagerly(part, **options):
+        compiled.append(part.__qualname__)
+        return real(part, backend="aot_eager", fullgraph=True, **options)
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    for path, flags in ((plain, []), (out, ["--compile"])):
+        in_process(*FAST, "--data_dir", photos, "--drop_path", 0, "--max_steps", 2, "--out", path, *flags)
+    assert compiled == ["Backbone.layers", "Module._call_impl"]
+    assert [r["loss"] for r in log_of(out)] == pytest.approx([r["loss"] for r in log_of(plain)], rel=1e-4)
+    assert weights_of(out).keys() == weights_of(plain).keys()
+
+
+def test_a_step_waits_for_the_device_once_and_sends_it_nothing(fresh_accelerate, tmp_path):
+    """Counted on a CPU: values that are read back, and tensors that are made of Python's numbers."""
+    fresh_accelerate()
+    seen = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.overloadpacket.__name__)
+            return func(*args, **kwargs or {})
+
+    cfg = settings("--preset", "best", *map(str, FAST), "--out", str(tmp_path / "out.pt"))
+    accelerator, backbone = brixel.make_accelerator(cfg), brixel.load_backbone(cfg.backbone, cfg.weights)
+    model, upsampler, optimizers = brixel.set_up(cfg, backbone, accelerator)
+    for mode in (contextlib.nullcontext(), Count()):              # the first step keeps what is made once
+        image = torch.randint(256, (2, 3, 128, 128), dtype=torch.uint8)
+        with mode:
+            small, layers, teacher = brixel.frozen_pass(image, backbone, 4, accelerator)
+            loss, _ = brixel.brixel_loss(upsampler(small, layers), teacher, 0.2, 0.03, 1.0, 8, accelerator)
+            accelerator.backward(loss)
+            assert brixel.optimizer_step(upsampler, optimizers, 1e-3, accelerator) == (True, False)
+    assert "convolution" in seen and not {"_local_scalar_dense", "lift_fresh"} & set(seen)
