@@ -12,9 +12,11 @@ backbone at `scale` times the side, the ceiling. Each gets its own small readout
 and steps on frozen features of the last layer. After every row out.TASK.json and out.TASK.png are written beside the
 checkpoint (--out). Prints a table beside the paper's and, as the last line, one JSON object. Settings: config.yaml.
 """
+import contextlib
 import io
 import itertools
 import json
+import os
 import random
 import re
 import time
@@ -28,9 +30,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import tqdm
-from matplotlib import colormaps
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator
 from safetensors.torch import save
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -40,7 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import ColorJitter
 
 import brixel
-from data import ADE20K, IGNORE, NAVI, NYU, Cityscapes, DataError, PhotoIndex, open_photo
+from data import ADE20K, IGNORE, NAVI, NYU, Cityscapes, DataError, PhotoIndex, check_workers, open_photo
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Readouts: what a probe predicts.  head(C) makes its trained part.  `batch`: a dict of stacked items of data.py.
@@ -243,30 +242,71 @@ BENCHMARKS = {
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. Frozen features, and the probe that is trained and scored on them
 
+def memory_room(cfg, acc, root="/sys/fs/cgroup", own="/proc/self/cgroup"):
+    """{"device", "host": bytes that each process may keep there}: half of what is free, at most cfg.cache_gb.
+
+    A container's or batch job's limit counts (Linux control groups; its file cache is free).  A CPU is no device.
+    """
+    host = [psutil.virtual_memory().available]
+    names = {"": ("memory.max", "memory.current", "inactive_file"),                     # version 2, version 1
+             "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")}
+    for kind, path in re.findall(r":(|memory):/(.*)", Path(own).read_text() if Path(own).exists() else ""):
+        for group in (folder := Path(root, kind, path), *folder.parents):
+            with contextlib.suppress(OSError, ValueError):         # no such file; or "max", no limit
+                limit, used = (int((group / name).read_text()) for name in names[kind][:2])
+                host.append(limit - used)
+                host[-1] += int(re.search(rf"^{names[kind][2]} (\d+)", (group / "memory.stat").read_text(), re.M)[1])
+    free = {"host": min(host) / int(os.environ.get("LOCAL_WORLD_SIZE", acc.num_processes)),
+            "device": torch.cuda.mem_get_info()[0] if acc.device.type == "cuda" else 0}
+    room = torch.tensor([min(n / 2, cfg.cache_gb * 1e9 or n) for n in free.values()], device=acc.device)
+    return dict(zip(free, acc.gather(room).view(-1, 2).amin(0).tolist(), strict=True))      # the same for all
+
+
 class Features:
     """Frozen features of the images of one split, with their targets.  model: a backbone or a Brixel.
 
-    Each process computes a share and gives it to the others. All are kept if they take at most `room` bytes, else they
-    are computed anew in every epoch. With color jitter, four strengths as of ColorJitter, which changes them in every
-    epoch, the images are kept instead. A broken file ends the run when it is met: if all are kept, before any training.
+    Kept is the first of these that has room: features on the device, features on the host, decoded images there,
+    nothing. What is not kept is made anew in every epoch, with the same result. With color jitter, four strengths as of
+    ColorJitter, features change in every epoch, and are not kept. Each process computes a share and gives it to the
+    others. A broken file ends the run when it is met: if anything is kept, before any training.
+    room: as of memory_room; what is kept is taken off.
     """
     def __init__(self, images, model, acc, cfg, room, jitter=(0,)):
         self.images, self.model, self.acc, self.cfg = images, model, acc, cfg
         self.jitter = ColorJitter(*jitter) if any(jitter) else None
-        first = self.prepare(default_collate([self.images[0]]))
-        self.nbytes = len(images) * sum(value.nbytes for value in first.values())
-        self.kept = {key: value.new_empty(len(images), *value.shape[1:])
-                     for key, value in first.items()} if self.nbytes <= room else None
-        loader = DataLoader(self.images, max(1, cfg.batch_size // acc.num_processes), num_workers=cfg.num_workers)
-        start = 0
-        batches = tqdm(acc.prepare(loader), desc=f"reading {images.split}", leave=False) if self.kept else []
-        for batch in batches:
-            batch = acc.gather_for_metrics(self.prepare(batch))                         # of all processes, in order
+        n, start = len(images), time.perf_counter()
+        batch = default_collate([images[i] for i in range(min(n, max(1, cfg.batch_size // acc.num_processes)))])
+        reading, size = (time.perf_counter() - start) / max(1, cfg.num_workers), len(batch["image"])
+        for _ in range(2):                                         # the first time warms up
+            start = time.perf_counter()
+            features = self.extract(batch["image"].to(acc.device)).cpu()
+        computing = time.perf_counter() - start
+
+        ready = {"features": features} | {key: value for key, value in batch.items() if key != "image"}
+        tiers = [("features", "device", ready), ("features", "host", ready), ("images", "host", batch)]
+        for what, place, sample in [*tiers[2 if self.jitter else 0:], ("nothing", "host", {})]:
+            nbytes = n * sum(value[0].nbytes for value in sample.values())
+            if nbytes <= room[place]:
+                break
+        room[place] -= nbytes
+        device = acc.device if place == "device" else "cpu"
+        self.kept = {key: value.new_empty((n, *value.shape[1:]), device=device) for key, value in sample.items()}
+
+        epochs = len(cfg.seed) * (cfg.epochs if images.split == "train" else 1)
+        passes = 1 if "features" in self.kept else epochs          # of the network
+        seconds = n / size / acc.num_processes * (passes * computing + (1 if self.kept else epochs) * reading)
+        acc.print(f"  {n} {images.split} images, kept on the {place}: {what}, {nbytes / 1e9:.2g} GB; features computed "
+                  f"{f'anew {passes} times' if passes > 1 else 'once'}, about {seconds / 3600:.2g} h at "
+                  f"{n * passes / seconds:.3g} images/s")
+        loading = {"num_workers": cfg.num_workers, "pin_memory": acc.device.type == "cuda"}
+        self.parts = []                                            # the images of each batch, set in every epoch
+        self.loader = DataLoader(images, batch_sampler=self.parts, persistent_workers=cfg.num_workers > 0, **loading)
+        start, once = 0, acc.prepare(DataLoader(images, size, **loading)) if self.kept else []
+        for batch in tqdm(once, desc=f"reading {images.split}", leave=False, disable=not self.kept):
+            batch = acc.gather_for_metrics(batch if "image" in self.kept else self.on_device(batch))    # in order
             for key, value in batch.items():
                 self.kept[key][start:start + len(value)] = value
             start += len(value)
-        acc.print(f"  {len(images)} {images.split} images, {self.nbytes / 1e9:.2g} GB, "
-                  f"{'kept in memory' if self.kept else 'computed anew in every epoch (--cache_gb)'}")
 
     @torch.no_grad()
     def extract(self, images):
@@ -275,10 +315,10 @@ class Features:
         with torch.autocast(self.acc.device.type, torch.bfloat16, enabled=self.cfg.mixed_precision == "bf16"):
             return self.model(brixel.normalize(images, backbone)).half()
 
-    def prepare(self, batch):
-        """A batch of the split on the device; unless there is color jitter, with "features" in place of "image"."""
-        batch = {key: value.to(self.acc.device) for key, value in batch.items()}
-        if not self.jitter:
+    def on_device(self, batch):
+        """A batch on the device; unless there is color jitter, with "features" in place of "image"."""
+        batch = {key: value.to(self.acc.device, non_blocking=True) for key, value in batch.items()}
+        if "image" in batch and not self.jitter:
             batch["features"] = self.extract(batch.pop("image"))
         return batch
 
@@ -290,13 +330,10 @@ class Features:
         """
         whole = order.tensor_split(-(-len(order) // self.cfg.batch_size))
         parts = [batch[self.acc.process_index::self.acc.num_processes] for batch in whole]
-        if self.kept:
-            batches = ({key: value[part] for key, value in self.kept.items()} for part in parts)
-        else:
-            numbers = [part.tolist() for part in parts]
-            loader = DataLoader(self.images, batch_sampler=numbers, num_workers=self.cfg.num_workers)
-            batches = map(self.prepare, loader)
-        for part, batch in zip(parts, batches, strict=True):
+        self.parts[:] = [part.tolist() for part in parts]
+        kept = ({key: value[part] for key, value in self.kept.items()} for part in parts)
+        for part, batch in zip(parts, kept if self.kept else self.loader, strict=True):
+            batch = self.on_device(batch)
             if self.jitter:
                 images = []                # ColorJitter has no generator; torch.manual_seed would reseed GPUs, too
                 for i, image in zip(part.tolist(), batch["image"], strict=True):
@@ -356,8 +393,10 @@ def score(probe, readouts, features, acc):
     return metrics
 
 
-def paint(target, pred, batch):
+def truth_and_prediction(target, pred, batch):
     """Truth and prediction as pictures, each (B, H, W, 3) uint8, black where there is no truth."""
+    from matplotlib import colormaps
+
     true = batch[target]
     if target == "label":                                          # neighboring classes differ in hue
         valid = true != IGNORE
@@ -372,13 +411,13 @@ def paint(target, pred, batch):
 
 
 @torch.no_grad()
-def pictures(probe, features, count=4):
+def example_pictures(probe, features, count=4):
     """{"image", "true TARGET", "predicted TARGET": list of (h, w, 3) uint8} of some images of the split."""
     items = [features.images[i] for i in sorted({i * len(features.images) // count for i in range(count)})]
     shown = {"image": [item["image"].permute(1, 2, 0).numpy() for item in items]}
-    batch = features.prepare(default_collate(items))
+    batch = features.on_device(default_collate(items))
     for target, pred in probe(batch).items():
-        shown[f"true {target}"], shown[f"predicted {target}"] = paint(target, pred, batch)
+        shown[f"true {target}"], shown[f"predicted {target}"] = truth_and_prediction(target, pred, batch)
     return shown
 
 
@@ -386,15 +425,15 @@ def pictures(probe, features, count=4):
 # 4. A benchmark: rows, table, files
 
 def run_row(cfg, acc, size, model, scale, backbone):
-    """Train and score a probe per seed.  -> means (and METRIC_std, and of several sizes the cost), splits, pictures."""
+    """Train and score a probe per seed.
+
+    Returns: means (and METRIC_std, and of several sizes the cost), splits, a function that gives pictures.
+    """
     acc.free_memory()                                              # what the row before has left
-    on_gpu = acc.device.type == "cuda"
-    free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available / acc.num_processes
-    wanted = cfg.cache_gb * 1e9 or free
-    room = acc.gather(torch.tensor([min(free / 2, wanted)], device=acc.device)).min().item()       # the same for all
+    room = memory_room(cfg, acc)
     splits = [read_split(cfg, split, size, backbone.patch_size, scale) for split in ("train", "val")]
     train = Features(splits[0], model, acc, cfg, room, cfg.color_jitter)
-    val = Features(splits[1], model, acc, cfg, room - train.nbytes * bool(train.kept))
+    val = Features(splits[1], model, acc, cfg, room)
     scores = []
     for seed in cfg.seed:
         readouts = new_readouts(cfg)
@@ -407,7 +446,7 @@ def run_row(cfg, acc, size, model, scale, backbone):
         image = splits[1][0]["image"][None].to(acc.device)
         record["gflops"] = gflops(partial(model, image.float()))
         [record["ms"]] = milliseconds([partial(val.extract, image)], repeats=5)
-    return record, splits, pictures(probe, val)
+    return record, splits, partial(example_pictures, probe, val)
 
 
 def run_benchmark(cfg):
@@ -418,6 +457,7 @@ def run_benchmark(cfg):
     if min(cfg.size) < 1 or len(cfg.color_jitter) != 4 or cfg.color_jitter[3] > 0.5:
         raise DataError("--size must be 1 or more, --color_jitter four numbers, the last, of the hue, at most 0.5")
     # the readout trains in float32: mixed precision is the affair of Features alone; MPS has no float64
+    check_workers(cfg.num_workers)
     acc = Accelerator(mixed_precision="no", cpu=torch.backends.mps.is_available())
     for split in ("train", "val"):                                 # a wrong folder is told before a backbone is fetched
         smallest_batch = min(len(read_split(cfg, split, 1)), (cfg.batch_size + 1) // 2)
@@ -434,23 +474,27 @@ def run_benchmark(cfg):
     records, shown = [], {}
     for size, (row, (network, scale)) in itertools.product(cfg.size, rows.items()):
         acc.print(f"{row}, {size} pixels")
-        record, splits, panels = run_row(cfg, acc, size, network, scale, backbone)
+        record, splits, draw = run_row(cfg, acc, size, network, scale, backbone)
         records.append({"row": row, "size": size, **record})
-        shown |= {key.replace("predicted", row): value for key, value in panels.items()}       # of the last size
         result = {"task": cfg.task, "backbone": backbone.name, "ckpt": cfg.ckpt, "rows": records,
                   "n_train": len(splits[0]), "n_val": len(splits[1]), "seed": cfg.seed,
                   "processes": acc.num_processes, "precision": cfg.mixed_precision,
+                  "matmul": "tf32" if acc.device.type == "cuda" else "float32",
                   "deviations": deviations(cfg, splits, backbone), "settings": vars(cfg)}
         if acc.is_main_process:
             with brixel.atomic(f"{stem}.json") as temporary:
                 temporary.write_text(json.dumps(result, indent=1, allow_nan=False))
-            brixel.write_panel(f"{stem}.png", list(shown), list(zip(*shown.values(), strict=True)))
-            if len(cfg.size) > 1:
-                write_plot(f"{stem}.size.png", cfg.task, records)
-        acc.print(f"{row} at {size} pixels, in {stem}.json and {stem}.png:", record)
+            with brixel.only_warn(f"picture {stem}.png"):
+                shown |= {key.replace("predicted", row): value for key, value in draw().items()}   # of the last size
+                brixel.write_panel(f"{stem}.png", list(shown), list(zip(*shown.values(), strict=True)))
+            with brixel.only_warn(f"picture {stem}.size.png"):
+                if len(cfg.size) > 1:
+                    write_plot(f"{stem}.size.png", cfg.task, records)
+        del draw                                                   # and with it what is kept of this row
+        acc.print(f"{row} at {size} pixels, in {stem}.json:", record)
     if acc.is_main_process:
-        print_table(table(result))
-        print("differs from the paper's protocol:", "; ".join(result["deviations"]) or "nothing")
+        print_table(table_cells(result))
+        print("differs from the paper's protocol:", "; ".join(result["deviations"]) or "settings: none; see README")
         print(json.dumps(result, allow_nan=False))
 
 
@@ -478,12 +522,13 @@ def print_table(rows):
         print(first.ljust(widths[0]), *map(str.rjust, others, widths[1:]), sep="  ")
 
 
-def table(result):
-    """Cells of the table: a header, a row per record, then the paper's two for that backbone."""
+def table_cells(result):
+    """Cells of the table: a header, a row per record (of seeds: mean ± standard deviation), the paper's two."""
     columns, paper = (BENCHMARKS[result["task"]][key] for key in ("columns", "paper"))
     rows = [["", "size", *(header for header, _, _ in columns.values())]]
     for record in result["rows"]:
-        cells = [format(record[name] * factor, digits) for name, (_, factor, digits) in columns.items()]
+        cells = [" ± ".join(format(record[key] * factor, digits) for key in (name, f"{name}_std") if key in record)
+                 for name, (_, factor, digits) in columns.items()]
         rows.append([record["row"], str(record["size"]), *cells])
     if result["settings"].get("depth") == "metric":                # the paper's RMSE has another unit
         paper = paper | {"rmse": {}}
@@ -496,27 +541,33 @@ def table(result):
 
 def write_plot(path, task, records):
     """The first metric against size, GFLOPs and milliseconds, a line per row; bars: standard deviation of the seeds."""
+    import matplotlib.style
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator
+
     metric, (header, factor, _) = next(iter(BENCHMARKS[task]["columns"].items()))
     colors = {"baseline": "dimgray", "BRIXEL": "tab:red", "teacher": "tab:blue"}
     labels = {"size": "size, pixels", "gflops": "GFLOPs per image", "ms": "milliseconds per image"}
-    figure = Figure(figsize=(11, 4), dpi=200, layout="constrained")
-    for axis, (key, label) in zip(figure.subplots(1, 3, sharey=True), labels.items(), strict=True):
-        for row in dict.fromkeys(record["row"] for record in records):
-            chosen = [record for record in records if record["row"] == row]
-            x, y = [record[key] for record in chosen], [record[metric] * factor for record in chosen]
-            bars = [record.get(f"{metric}_std", 0) * factor for record in chosen]
-            axis.errorbar(x, y, bars, fmt="o-", capsize=3, color=colors[row], label=row)
-            for record, *point in zip(chosen, x, y, strict=True):
-                axis.annotate(record["size"], point, (5, -11), textcoords="offset points", color=colors[row])
-        axis.set(xlabel=label, ylabel=header, xscale="log", xmargin=0.15)
-        sizes, plain = {record["size"] for record in records}, [n * 10**e for e in range(-2, 6) for n in (1, 2, 5)]
-        axis.xaxis.set(major_locator=FixedLocator(sorted(sizes) if key == "size" else plain), major_formatter="{x:g}")
-        axis.minorticks_off()
-        axis.label_outer()
-        axis.grid(alpha=0.3)
-    figure.axes[0].legend()
-    with brixel.atomic(path) as temporary:
-        figure.savefig(temporary, format="png")
+    with matplotlib.style.context("default"):                      # whatever the user's matplotlibrc says
+        figure = Figure(figsize=(11, 4), dpi=200, layout="constrained")
+        for axis, (key, label) in zip(figure.subplots(1, 3, sharey=True), labels.items(), strict=True):
+            for row in dict.fromkeys(record["row"] for record in records):
+                chosen = [record for record in records if record["row"] == row]
+                x, y = [record[key] for record in chosen], [record[metric] * factor for record in chosen]
+                bars = [record.get(f"{metric}_std", 0) * factor for record in chosen]
+                axis.errorbar(x, y, bars, fmt="o-", capsize=3, color=colors[row], label=row)
+                for record, *point in zip(chosen, x, y, strict=True):
+                    axis.annotate(record["size"], point, (5, -11), textcoords="offset points", color=colors[row])
+            axis.set(xlabel=label, ylabel=header, xscale="log", xmargin=0.15)
+            sizes, plain = {record["size"] for record in records}, [n * 10**e for e in range(-2, 6) for n in (1, 2, 5)]
+            axis.xaxis.set(major_formatter="{x:g}",
+                           major_locator=FixedLocator(sorted(sizes) if key == "size" else plain))
+            axis.minorticks_off()
+            axis.label_outer()
+            axis.grid(alpha=0.3)
+        figure.axes[0].legend()
+        with brixel.atomic(path) as temporary:
+            figure.savefig(temporary, format="png")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -580,14 +631,15 @@ def run_pca(cfg):
                     "BRIXEL": model.upsampler(x, layers)}
             if cfg.teacher:
                 maps["teacher"] = model.backbone(model.preprocess(image, [model.scale * side for side in x.shape[2:]]))
+            if cfg.save_features:                                  # before a picture can fail; keys must be UTF-8
+                key = path.encode("utf-8", "backslashreplace").decode()
+                saved[key] = maps["BRIXEL"][0].float().cpu().contiguous()               # (C, h, w)
             row = [np.asarray(image), *brixel.pca_rgb(*maps.values())]
             brixel.write_panel(folder / f"{stem}.pca.png", ["photo", *maps], [row])
             if cfg.html:
                 write_page(folder / f"{stem}.html", image, maps)
-            if cfg.save_features:
-                saved[path] = maps["BRIXEL"][0].float().cpu().contiguous()              # (C, h, w)
         except Exception as error:    # noqa: BLE001  whatever is wrong with this one, the others go on
-            print(f"skipped {path}: {str(error) or type(error).__name__}")
+            print(f"{path} failed: {str(error) or type(error).__name__}")
             failed.append(error)
         else:
             shape = tuple(maps["BRIXEL"].shape[1:])
@@ -596,7 +648,7 @@ def run_pca(cfg):
         with brixel.atomic(cfg.save_features) as temporary:
             temporary.write_bytes(save(saved))
     if failed:
-        raise DataError(f"{len(failed)} of {len(photos)} photos were skipped, see above (--image)") from failed[-1]
+        raise DataError(f"{len(failed)} of {len(photos)} photos failed, see above (--image)") from failed[-1]
 
 
 def gflops(call):
@@ -633,15 +685,18 @@ def run_cost(cfg):
         side = side or 16 * model.backbone.patch_size              # 256 pixels for patch 16, 224 for patch 14
         image, large = (torch.randn(batch, 3, n, n, device=device) for n in (side, model.scale * side))
         cases = {"baseline": (model.backbone, image), "BRIXEL": (model, image), "teacher": (model.backbone, large)}
-        if cfg.compile:
-            cases["BRIXEL, compiled"] = torch.compile(model), image
+        counted = {row: gflops(partial(*case)) for row, case in cases.items()}
+        if cfg.compile:                                            # FLOPs cannot be counted in a compiled model
+            torch.compiler.reset()                                 # else it gives up after some models and sizes
+            twin = brixel.Brixel(brixel.load_backbone(name, None)).eval().to(device)
+            brixel.compile_parts(twin)
+            cases |= {"BRIXEL, compiled": (twin, image), "teacher, compiled": (twin.backbone, large)}
         with torch.autocast(device, torch.bfloat16, enabled=half, cache_enabled=False):
             times = milliseconds([partial(*case) for case in cases.values()], cfg.repeats)
             for (row, (module, x)), ms in zip(cases.items(), times, strict=True):
-                plain = model if row == "BRIXEL, compiled" else module     # FLOPs cannot be counted in a compiled one
                 records.append({"backbone": name, "row": row, "size": x.shape[-1], "batch": batch,
-                                "params_M": sum(p.numel() for p in plain.parameters()) / 1e6,
-                                "gflops": gflops(partial(plain, x)), "ms": ms})
+                                "params_M": sum(p.numel() for p in module.parameters()) / 1e6,
+                                "gflops": counted[row.removesuffix(", compiled")], "ms": ms})
                 if device == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                     before = torch.cuda.memory_allocated()         # weights and images
@@ -650,7 +705,7 @@ def run_cost(cfg):
     cells = [[f"{x:.3g}" if isinstance(x, float) else str(x) for x in record.values()] for record in records]
     print_table([list(records[0]), *cells])
     print(json.dumps({"task": "cost", "device": machine, "torch": torch.__version__, "rows": records,
-                      "settings": vars(cfg)}, allow_nan=False))
+                      "matmul": "tf32" if device == "cuda" else "float32", "settings": vars(cfg)}, allow_nan=False))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
