@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -44,7 +45,7 @@ def train(flags, kept):
     """Train on the crops whose maps are `kept`.   Returns: the upsampler."""
     with (tempfile.TemporaryDirectory() as folder, mock.patch("brixel.finish"),          # errors() measures
           mock.patch("brixel.remembered_pass", lambda _, *inputs, real=brixel.remembered_pass: real(kept, *inputs)),
-          mock.patch("data.Photos.__getitem__", lambda _, sample: (sample[0], torch.empty(0)))):  # nothing is decoded
+          mock.patch("data.read_crop", lambda *_, **__: torch.empty(0))):                # nothing is decoded
         brixel.main([*flags, "--out", f"{folder}/out.pt"])
         return brixel.load(f"{folder}/out.pt").upsampler
 
@@ -53,10 +54,11 @@ def all_maps(cfg, val_dir, val):
     """What brixel.remembered_pass keeps of all training crops; frozen_pass of `val` other photos, evenly spaced."""
     frozen = brixel.load_backbone(cfg.backbone, cfg.weights), cfg.scale, Accelerator(mixed_precision="no", cpu=True)
     kept, index, others = {}, data.PhotoIndex(cfg.data_dir), data.PhotoIndex(val_dir, "--val_dir")
+    side = int(np.ravel(cfg.teacher_size)[0])
     ids, crops = data.split(len(index), cfg.val_share), range(cfg.cache_crops)
-    for numbers, images in tqdm(data.make_loaders(cfg, index, *ids, crops, frozen[-1])[0], desc="teacher maps"):
+    for numbers, images, *_ in tqdm(data.make_loaders(cfg, index, *ids, crops, frozen[-1])[0], desc="teacher maps"):
         brixel.remembered_pass(kept, numbers, images, *frozen)
-    photos = [data.read_crop(others.open(i * len(others) // val), cfg.teacher_size) for i in range(val)]
+    photos = [data.read_crop(others.open(i * len(others) // val), side) for i in range(val)]
     return kept, [brixel.frozen_pass(photo[None], *frozen) for photo in photos]
 
 
@@ -81,14 +83,14 @@ def print_table(records):
         print(f"| {variant} | {len(runs)} | {' | '.join(cells)} |")
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--val_dir", required=True, help="folder of photos that are not trained on")
     parser.add_argument("--val", type=int, default=60, help="how many of them")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     parser.add_argument("--variants", nargs="+", default=["paper", "best"], choices=list(VARIANTS))
     parser.add_argument("--out", default="ablation.jsonl")
-    args, flags = parser.parse_known_args()
+    args, flags = parser.parse_known_args(argv)
     cfg = brixel.load_config([*COMMON, *flags], "preset", "paper", "")       # its seed is that of the crops
     out, (kept, held_out) = Path(args.out), all_maps(cfg, args.val_dir, args.val)
     records = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -22,7 +23,7 @@ def bench_step(cfg, repeats):
     """The parts of one training step, each alone, their sum, and the peak memory of one whole step."""
     accelerator, backbone = brixel.make_accelerator(cfg), brixel.load_backbone(cfg.backbone, None)
     _, upsampler, optimizers = brixel.set_up(cfg, backbone, accelerator)
-    lambdas, side = (cfg.lambda_edge, cfg.lambda_spectral, cfg.lambda_cosine), cfg.teacher_size
+    lambdas, side = (cfg.lambda_edge, cfg.lambda_spectral, cfg.lambda_cosine), int(np.ravel(cfg.teacher_size)[0])
     image = torch.randint(256, (cfg.batch_size, 3, side, side), dtype=torch.uint8, device=accelerator.device)
 
     def teacher():
@@ -46,8 +47,12 @@ def bench_step(cfg, repeats):
                       "threads": torch.get_num_threads(), "settings": vars(cfg)}))
 
 
-if __name__ == "__main__":
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=10)
-    args, flags = parser.parse_known_args()
+    args, flags = parser.parse_known_args(argv)
     bench_step(brixel.load_config(flags, "preset", "paper", ""), args.repeats)
+
+
+if __name__ == "__main__":
+    main()
