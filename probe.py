@@ -1,7 +1,6 @@
 """Probe frozen dense features: the paper's four benchmarks (Table 1) for a backbone, BRIXEL and the teacher.
 
     python probe.py --task navi --data_dir navi_v1.0 --ckpt out.pt                  # baseline and BRIXEL
-    python probe.py --task ade20k --data_dir ADEChallengeData2016 --ckpt out.pt --teacher
     python probe.py --task cityscapes --data_dir cityscapes --ckpt out.pt --size 128 256 384 512 --seed 42 43 44
     accelerate launch --num_processes 4 --multi_gpu probe.py --task navi ...        # same result as one process
     python probe.py --task pca --ckpt out.pt --image a.jpg photos/                  # pictures of the features
@@ -425,10 +424,7 @@ def example_pictures(probe, features, count=4):
 # 4. A benchmark: rows, table, files
 
 def run_row(cfg, acc, size, model, scale, backbone):
-    """Train and score a probe per seed.
-
-    Returns: means (and METRIC_std, and of several sizes the cost), splits, a function that gives pictures.
-    """
+    """A probe per seed.  -> means (and METRIC_std, and of several sizes the cost), splits, a call for pictures."""
     acc.free_memory()                                              # what the row before has left
     room = memory_room(cfg, acc)
     splits = [read_split(cfg, split, size, backbone.patch_size, scale) for split in ("train", "val")]
@@ -631,19 +627,17 @@ def run_pca(cfg):
                     "BRIXEL": model.upsampler(x, layers)}
             if cfg.teacher:
                 maps["teacher"] = model.backbone(model.preprocess(image, [model.scale * side for side in x.shape[2:]]))
-            if cfg.save_features:                                  # before a picture can fail; keys must be UTF-8
+            if cfg.save_features:                                  # before a picture fails; a key must be UTF-8
                 key = path.encode("utf-8", "backslashreplace").decode()
                 saved[key] = maps["BRIXEL"][0].float().cpu().contiguous()               # (C, h, w)
             row = [np.asarray(image), *brixel.pca_rgb(*maps.values())]
             brixel.write_panel(folder / f"{stem}.pca.png", ["photo", *maps], [row])
             if cfg.html:
                 write_page(folder / f"{stem}.html", image, maps)
+            print(f"wrote {folder / stem}.pca.png{' and .html' * cfg.html}, maps of {tuple(maps['BRIXEL'][0].shape)}")
         except Exception as error:    # noqa: BLE001  whatever is wrong with this one, the others go on
             print(f"{path} failed: {str(error) or type(error).__name__}")
             failed.append(error)
-        else:
-            shape = tuple(maps["BRIXEL"].shape[1:])
-            print(f"wrote {folder / stem}.pca.png{' and .html' if cfg.html else ''}, maps of {shape}")
     if saved:
         with brixel.atomic(cfg.save_features) as temporary:
             temporary.write_bytes(save(saved))

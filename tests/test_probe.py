@@ -2,10 +2,12 @@
 import io
 import json
 import re
+import sys
 import tarfile
 from argparse import Namespace
 from base64 import b64decode
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -251,10 +253,11 @@ def test_several_sizes_and_seeds_give_means_deviations_costs_and_a_plot(benchmar
 
 
 def test_paper_rows_stand_below_for_a_backbone_of_the_paper_and_in_its_unit():
-    record = {"row": "BRIXEL", "size": 256, "miou": 0.5, "pixel_accuracy": 0.25, "miou_absent_zero": 0.125}
+    record = {"row": "BRIXEL", "size": 256, "miou": 0.5, "miou_std": 0.008, "pixel_accuracy": 0.25,
+              "miou_absent_zero": 0.125}
     result = {"task": "ade20k", "rows": [record], "backbone": "dinov3_vitb16", "settings": {}}
     assert probe.table_cells(result)[1:] == [
-        ["BRIXEL", "256", "50.0", "25.0", "12.5"], ["paper, baseline", "", "46.7", "80.5", ""],
+        ["BRIXEL", "256", "50.0 ± 0.8", "25.0", "12.5"], ["paper, baseline", "", "46.7", "80.5", ""],
         ["paper, BRIXEL", "", "49.2", "82.0", ""]]
     navi = {"task": "navi", "rows": [], "backbone": "dinov3_vitb16", "settings": {"depth": "metric"}}
     assert probe.table_cells(navi)[1][2:4] == ["", "41.3"]
@@ -271,6 +274,40 @@ def test_two_processes_equal_one(run, task, flags):
     assert (one["processes"], two["processes"]) == (1, 2)
     for a, b in zip(one["rows"], two["rows"], strict=True):
         assert a.pop("row") == b.pop("row") and a == pytest.approx(b, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize(("folder", "names"), [
+    ("", ("memory.max", "memory.current", "inactive_file")),
+    ("memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))])
+def test_half_of_what_a_container_leaves_is_room_and_file_cache_is_free(tmp_path, monkeypatch, folder, names):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    (tmp_path / "own").write_text(f"3:cpu:/\n4:{folder}:/job/step\n")
+    for group, limit in (("", "max"), ("job", "5000"), ("job/step", "7000")):
+        where = tmp_path / folder / group
+        where.mkdir(parents=True, exist_ok=True)
+        for name, text in zip(names, (limit, "3000", f"anon 9\n{names[2]} 1000\n"), strict=True):
+            (where / name.replace(names[2], "memory.stat")).write_text(text)
+    for cache_gb, room in ((0, 1500), (1e-6, 1000)):
+        cfg = Namespace(cache_gb=cache_gb)
+        assert probe.memory_room(cfg, Accelerator(cpu=True), tmp_path, tmp_path / "own") == {"host": room, "device": 0}
+
+
+def test_a_broken_matplotlib_costs_no_result(benchmarks, run, pca, photos, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)           # importing it fails
+    printed, out = run("ade20k", "--ckpt", "out.pt", "--size", "48", "64", "--out", "dull")
+    assert len(out["rows"]) == 4 and "warning: picture dull.ade20k.png: " in printed
+    assert json.loads((benchmarks / "dull.ade20k.json").read_text()) == out and out["matmul"] == "float32"
+    saved = benchmarks / "features.safetensors"
+    assert "8 of 8 photos failed" in error_of(pca, "--image", str(photos), "--save_features", str(saved))
+    assert len(load_file(saved)) == 8
+
+
+def test_plots_are_drawn_whatever_matplotlibrc_says(tmp_path):
+    records = [{"row": "BRIXEL", "size": size, "gflops": size, "ms": size, "miou": 0.5} for size in (1, 2)]
+    with matplotlib.rc_context({"text.usetex": True, "font.size": 40}):
+        probe.write_plot(tmp_path / "theirs.png", "ade20k", records)
+    probe.write_plot(tmp_path / "plain.png", "ade20k", records)
+    assert (tmp_path / "theirs.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
 
 
 @pytest.mark.parametrize(("flags", "named"), [
@@ -341,6 +378,16 @@ def test_page_holds_the_photo_the_colors_and_what_gives_the_similarities(tmp_pat
         assert (tokens @ tokens.T - exact @ exact.T).abs().mean() < 1.5 * page["difference"]
         assert (shown["name"], shown["h"], shown["w"]) == (name, *features.shape[2:])
         assert b64decode(shown["colors"]) == colors.tobytes()
+
+
+def test_cost_times_what_training_compiles_beside_the_rest(capsys, monkeypatch):
+    real, compiled = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: compiled.append(a) or real(*a, **k | {"backend": "eager"}))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **k: compiled.append(self))
+    probe.main("--task cost --backbone timm:test_vit --repeats 1 --size 64 --compile".split())
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [row["row"] for row in rows[3:]] == ["BRIXEL, compiled", "teacher, compiled"] and len(compiled) == 2
+    assert [row["gflops"] for row in rows[3:]] == [row["gflops"] for row in rows[1:3]]
 
 
 def test_cost_counts_every_multiplication(capsys):

@@ -1,4 +1,5 @@
 """The tools in tests/ run, tiny."""
+import itertools
 import json
 
 import ablate
@@ -46,47 +47,35 @@ def test_a_bilinear_hub_equals_the_bilinear_row_and_a_checkpoint_does_not(photos
     assert "--hub OWNER/REPO:NAME" in error_of(main, [*flags, "--hub", f"{tmp_path}:no"])
 
 
-SMALL = ["--backbone", "timm:test_vit", "--weights", "none", "--teacher_size", "128", "--batch_size", "2"]
+SMALL = "--backbone timm:test_vit --weights none --teacher_size 128 --batch_size 2 --mixed_precision no".split()
 
 
-def test_ablation_trains_each_variant_once(photos, tmp_path, capsys, fresh_accelerate):
-    fresh_accelerate()
-    flags = ["--data_dir", str(photos), "--val_dir", str(photos), "--val", "2", "--out", str(tmp_path / "a.jsonl"), *SMALL,
-             *"--seeds 1 --min_side 0 --cache_crops 2 --max_steps 2".split()]
+def test_ablation_trains_each_variant_once(photos, tmp_path, capsys, fresh_accelerate, monkeypatch):
+    flags = [*SMALL, "--data_dir", str(photos), "--val_dir", str(photos), "--out", str(tmp_path / "a.jsonl"),
+             *"--val 2 --seeds 1 --min_side 0 --cache_crops 2 --max_steps 2".split()]
     ablate.main(flags)
-    table = capsys.readouterr().out.splitlines()[-5:]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
-    assert [row[:2] for row in rows[2:]] == [["bilinear", "1"], ["paper", "1"], ["best", "1"]] and rows[3] != rows[4]
-    with pytest.MonkeyPatch.context() as patch:                   # the second time nothing is trained
-        patch.setattr(ablate, "train", None)
-        ablate.main(flags)
-    assert capsys.readouterr().out.splitlines()[-5:] == table
+    table = capsys.readouterr().out.splitlines()[-3:]
+    assert [row.split(" | ")[0] for row in table] == ["| bilinear", "| paper", "| best"] and len({*table}) == 3
+    monkeypatch.setattr(ablate, "train", None)
+    ablate.main(flags)
+    assert capsys.readouterr().out.splitlines()[-3:] == table
 
 
 def test_bench_times_the_parts_of_a_step(capsys, fresh_accelerate):
-    fresh_accelerate()
-    bench.main([*SMALL, "--mixed_precision", "no", "--repeats", "1"])
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert list(result["ms"]) == ["teacher", "student", "loss", "optimizer"] and min(result["ms"].values()) > 0
-    assert result["step_ms"] == pytest.approx(sum(result["ms"].values())) and result["peak_bytes"] > 1e8
+    bench.main([*SMALL, "--repeats", "1"])
+    assert min(json.loads(capsys.readouterr().out.splitlines()[-1])["ms"].values()) > 0
 
 
-def test_voc_probe_converges_and_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
-    """Left and right half of a photo: two colors, two classes: separable, by any features that see color."""
-    rng, ckpt = np.random.default_rng(0), str(tmp_path / "out.pt")
-    for i in range(4):
-        mask = np.full((40, 60), 7, np.uint8)
-        mask[:, 30:], mask[:2] = 20, 255
-        pixels = np.where(mask[..., None] == 20, (200, 60, 20), (20, 60, 200)) + rng.integers(-20, 20, (40, 60, 3))
-        for folder, image, end in (("JPEGImages", pixels, "jpg"), ("SegmentationClass", mask, "png")):
-            (tmp_path / folder).mkdir(exist_ok=True)
-            Image.fromarray(image.astype(np.uint8)).save(tmp_path / folder / f"{i}.{end}")
+def test_voc_probe_tells_two_colors_apart_and_goes_on_where_it_stopped(tmp_path, capsys):
+    mask, ckpt = np.full((40, 60), 7, np.uint8), str(tmp_path / "out.pt")
+    mask[:, 30:], mask[:2] = 20, 255
+    for i, (folder, end) in itertools.product(range(4), {"JPEGImages": "jpg", "SegmentationClass": "png"}.items()):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        Image.fromarray(mask * 10 if end == "jpg" else mask).convert("RGB" if end == "jpg" else "L").save(
+            tmp_path / folder / f"{i}.{end}")
     brixel.Brixel(brixel.load_backbone("timm:test_vit", "none")).save(ckpt)
     flags = ["--data_dir", str(tmp_path), "--ckpt", ckpt, "--size", "64", "--out", str(tmp_path / "voc.jsonl")]
+    (tmp_path / "voc.jsonl").write_text(json.dumps([ckpt, 64, 0, 98.0]))
     voc.main([*flags, "--splits", "1"])
-    before = capsys.readouterr().out
-    mious = [float(line.split("mIoU ")[1].split()[0]) for line in before.splitlines()]
-    assert len(mious) == 2 and min(mious) > 90
-    monkeypatch.setattr(voc, "miou_of_split", lambda maps, labels, split: mious[0] + 3 * split)
-    voc.main([*flags, "--splits", "2"])
-    assert f"{ckpt}, 64 px: mIoU {mious[0] + 1.5:.2f} ± 1.50, difference 0.00 ± 0.00" in capsys.readouterr().out
+    brix, vit = (line.split("mIoU ")[1].split()[0] for line in capsys.readouterr().out.splitlines())
+    assert brix == "98.00" and float(vit) > 80
