@@ -603,8 +603,9 @@ def write_page(path, photo, maps):
 @torch.no_grad()
 def run_pca(cfg):
     """PHOTO.pca.png of each photo of --image: its features as colors, in the last column's basis.  Names what fails."""
-    if not cfg.ckpt or not cfg.image[0]:
-        raise brixel.BrixelError("--task pca needs a checkpoint (--ckpt out.pt) and photos (--image a.jpg folder)")
+    if not cfg.ckpt or not cfg.image[0] or len(cfg.size) > 1:
+        raise brixel.BrixelError("--task pca needs a checkpoint (--ckpt out.pt), photos (--image a.jpg folder) and one "
+                                 "--size")
     folder, taken, saved, failed = Path(cfg.out or "."), set(), {}, []
     brixel.check_writable(folder / "PHOTO.pca.png")
     if cfg.save_features:
@@ -621,7 +622,7 @@ def run_pca(cfg):
         taken.add(stem.lower())
         try:
             image = open_photo(index.open(i), "the photo")
-            x = model.preprocess(image, cfg.size)
+            x = model.preprocess(image, cfg.size[0])
             layers = model.backbone.layers(x)
             maps = {"ViT": layers[-1], "bilinear": F.interpolate(layers[-1], scale_factor=model.scale, mode="bilinear"),
                     "BRIXEL": model.upsampler(x, layers)}
