@@ -817,7 +817,7 @@ def train(cfg):
                       f"{cfg.warmup_epochs * steps_per_epoch:.0f} of {cfg.max_steps} steps of warm-up, "
                       f"{sum(p.numel() for p in upsampler.parameters()):,} parameters, {accelerator.device}", sep="\n")
 
-    maps_of, recent, batches, bad, clock = {}, [], 0, 0, time.time()
+    maps_of, recent, batches, bad, stop, clock = {}, [], 0, 0, False, time.time()
     skipped_photos = data.Skipped()
     progress = tqdm(initial=step, total=cfg.max_steps, unit="step")
     launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE"} & set(os.environ)     # of torchrun, of accelerate
