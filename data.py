@@ -1,10 +1,11 @@
 """Data for BRIXEL: photographs to train on, as files or in tar shards, and the benchmarks of the probes.
 
     index = PhotoIndex("photos/")
-    _, image = Photos(index, range(len(index)), size=1024)[0, 7]   # crop number 0, of photo 7: (3, 1024, 1024) uint8
+    _, image, _ = Photos(index, range(len(index)))[0, 7, 1024]     # crop number 0, of photo 7: (3, 1024, 1024) uint8
 
 Benchmarks: ADE20K, Cityscapes, NYU, NAVI; each class shows the folders that it expects.
 """
+import collections
 import contextlib
 import functools
 import glob
@@ -21,7 +22,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import warnings
 import zipfile
 from pathlib import Path
 
@@ -60,13 +60,30 @@ def reading(name):
 
 
 def to_rgb(image):
-    """Any PIL mode -> RGB: 16-bit is scaled to 8, transparency is laid on white."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.array(image) / 256).clip(0, 255).astype(np.uint8))
+    """A PIL image of 8 bits or fewer -> RGB; transparency is laid on white."""
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")                       # convert would copy
+
+
+def to_8_bits(image):
+    """A whole gray photo of 16 or 32 bits as 8 bits, as a viewer shows it; other photos as they are.
+
+    Raises: DataError for signed bytes, and unless the values are 0 to 1 or 255 (floats), 255 or 65535 (integers).
+    """
+    tags = getattr(image, "tag_v2", {})                             # of a TIFF
+    if image.mode == "L" and 2 in tags.get(339, ()):                # SampleFormat
+        raise DataError("the gray values are signed bytes, which Pillow reads as unsigned")
+    if image.mode[0] not in "IF":
+        return image
+    gray, bits = np.array(image), tags.get(258, [16])[0]
+    whites = {"F": (1, 255), "I": (255, 65535)}.get(image.mode, (2**bits - 1,))
+    white = next((white for white in whites if 0 <= gray.min() and gray.max() <= white), None)      # NaN: none
+    if not white:
+        raise DataError(f"the gray values are {gray.min():.6g} to {gray.max():.6g}, allowed are 0 to {whites[-1]}")
+    gray = gray * (255 / white) + 0.5
+    return Image.fromarray((256 - gray if tags.get(262) == 0 else gray).astype(np.uint8))   # 262: 0 is white
 
 
 def upright(image):
@@ -82,7 +99,7 @@ def open_photo(file, name=None, turn=True):
     """The whole photo, upright or as stored, as a PIL image in RGB.   Raises: DataError, which calls it `name`."""
     with reading(name or file), Image.open(file) as image:
         image.load()                                                                    # before the file is closed
-        return to_rgb(upright(image) if turn else image)
+        return to_rgb(to_8_bits(upright(image) if turn else image))
 
 
 def read_crop(file, size, min_side=0, rng=None, crop_min=0.0):
@@ -96,13 +113,14 @@ def read_crop(file, size, min_side=0, rng=None, crop_min=0.0):
     with reading("the file"), Image.open(file) as image:
         short = min(image.size)
         if short < max(min_side, 1):
-            raise DataError(f"the short side is {short} px, min_side is {min_side}")
+            raise DataError(f"the short side is below min_side {min_side}: {short} px")
         smallest = min(crop_min * short or size, short)
         side = rng.uniform(smallest, short) if rng else short                           # of the crop, in file pixels
 
         # A JPEG is decoded at 1/2, 1/4 or 1/8 if the crop still has `size` pixels then
         image.draft("RGB", [math.ceil(n * size / side) for n in image.size])
-        width, height = upright(image).size
+        image = to_8_bits(upright(image))
+        width, height = image.size
         side = max(1, round(side * min(width, height) / short))                         # now in decoded pixels
         left = round((width - side) * (rng.random() if rng else 0.5))
         top = round((height - side) * (rng.random() if rng else 0.5))
@@ -115,7 +133,15 @@ def read_crop(file, size, min_side=0, rng=None, crop_min=0.0):
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Training photos
 
-OWN_PICTURE = re.compile(r"\.(pca|(ade20k|cityscapes|nyu|navi)(\.size)?)\.png$")      # of probe.py
+# By its ending: what brixel.py and probe.py write.  (A run's out.png has its out.jsonl beside it.)
+OWN_FILE = re.compile(r"\.(pca\.png|(ade20k|cityscapes|nyu|navi)(\.size)?\.(png|json)|pt|safetensors|state|jsonl)$")
+
+
+def ending(path):
+    """What a person calls the ending of a file's name: .heic, .part, .jpg~, .jpg? of "a.jpg?w=1024", "without one"."""
+    name, query, _ = os.path.basename(path).lower().partition("?")
+    suffix = re.match(r"\.\w{1,10}(?!\w)\W?", os.path.splitext(name)[1])
+    return suffix[0] + query if suffix else "without one"
 
 
 def index_tar(number, path):
@@ -152,15 +178,25 @@ class PhotoIndex:
                 found += sorted(os.path.join(folder, name) for folder, _, names in walk for name in names)
             else:
                 found.append(root)
-        own = {path for path in found if OWN_PICTURE.search(path) or path.endswith(".png")
-               and any(os.path.exists(path[:-3] + suffix) for suffix in ("jsonl", "state"))}
-        if own:
-            self.notes.append(f"{len(own)} pictures that a run or a probe wrote are left out, first {min(own)}")
+        logs = [path for path in found if path.endswith((".jsonl", ".state"))]
+        for folder in {os.path.dirname(root) for root in roots}:    # listings alone: to ask for each file takes hours
+            logs += glob.glob(os.path.join(glob.escape(folder), "*.jsonl"))
+        runs = {os.path.splitext(path)[0] + ".png" for path in logs}
+        own = {path for path in found if path in runs or OWN_FILE.search(path)}
         self.files = [path for path in found if path.lower().endswith(IMAGE_SUFFIXES) and path not in own]
         self.tars = [path for path in found if path.lower().endswith(".tar")]
+        pictures = sorted(path for path in own if path.endswith(".png"))
+        if pictures:
+            self.notes.append(f"{len(pictures)} pictures that a run or a probe wrote are left out, first {pictures[0]}")
+        known = own.union(self.files, self.tars)
+        others = collections.Counter(ending(path) for path in found if path not in known)
+        if others:
+            counts = ", ".join(f"{n} {name}" for name, n in others.most_common())
+            self.notes.insert(0, f"{others.total()} files with other endings are left out: {counts}")
         self.members = np.zeros((0, 3), np.int64)           # number of the tar, byte offset and size of every photo
         if self.tars:
-            with multiprocessing.Pool(min(len(self.tars), usable_cores())) as pool:
+            cores = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))        # of this node's processes
+            with multiprocessing.Pool(max(1, min(len(self.tars), cores))) as pool:
                 members, notes = zip(*pool.starmap(index_tar, enumerate(self.tars)), strict=True)
             self.members = np.concatenate(members)
             self.notes += sum(notes, [])
@@ -199,83 +235,168 @@ def split(n, val_share, most=256):
 class Photos(Dataset):
     """Crops of the photos `ids` of a PhotoIndex.
 
-    crop: "random", or "center", whatever n.   size, min_side, crop_min: as in read_crop.
-    Item (n, position): n, and crop number n, of photo ids[position], (3, size, size) uint8: a pure function of both
-    and the seed. A photo that cannot be used is named in a warning, once per worker, and another one, drawn at random,
-    takes its place.   Raises: DataError if none of `max_skipped` others can: then the folder or a setting is wrong.
+    crop: "random", or "center", whatever n.   min_side: as in read_crop; 0: the crop's side.   crop_min: as there.
+    Item (n, position, side): n; crop number n, of photo ids[position], (3, side, side) uint8, a pure function of these
+    and the seed; and "". If the photo cannot be used, another one, drawn at random, takes its place, and the string is
+    its "NAME: reason".   Raises: DataError if none of `max_skipped` others can: then the folder or a setting is wrong.
     """
     max_skipped = 20
 
-    def __init__(self, index, ids, size, min_side=0, crop="random", crop_min=0.0, seed=42):
-        self.index, self.ids, self.size, self.min_side = index, ids, size, min_side
+    def __init__(self, index, ids, min_side=0, crop="random", crop_min=0.0, seed=42):
+        self.index, self.ids, self.min_side = index, ids, min_side
         self.crop, self.crop_min, self.seed = crop, crop_min, seed
-        self.skipped = {}                                                               # position: name and reason
 
     def __len__(self):
         return len(self.ids)
 
+    def first_usable(self, positions, side, key=None):
+        """The crop of the first of these photos that can be used, or None; "NAME: reason" of the first that cannot.
+
+        key: names a random crop; None: the central one.
+        """
+        skipped = ""
+        for i in (self.ids[position] for position in positions):
+            rng = random.Random(key) if key else None
+            try:
+                return read_crop(self.index.open(i), side, self.min_side or side, rng, self.crop_min), skipped
+            except DataError as error:
+                skipped = skipped or f"{self.index.name(i)}: {error}"
+        return None, skipped
+
     def __getitem__(self, sample):
-        n, first = sample
+        n, position, side = sample
         tries = min(self.max_skipped, len(self))
         others = random.Random(f"{self.seed}/{n}/others").sample(range(len(self)), tries)   # neighbors may all be alike
-        for position in [first, *others]:
-            if position in self.skipped:
-                continue
-            i = self.ids[position]
-            rng = random.Random(f"{self.seed}/{n}") if self.crop == "random" else None
-            try:
-                return n, read_crop(self.index.open(i), self.size, self.min_side, rng, self.crop_min)
-            except DataError as error:
-                self.skipped[position] = f"{self.index.name(i)}: {error}"
-                warnings.warn(f"skipped {self.skipped[position]}")
-        raise DataError(f"{tries} photos in a row cannot be used, first {self.skipped[first]} (--data_dir, --min_side)")
+        key = f"{self.seed}/{n}" if self.crop == "random" else None
+        crop, skipped = self.first_usable([position, *others], side, key)
+        if crop is None:
+            raise DataError(f"{tries} photos in a row cannot be used, first {skipped} (--data_dir, --min_side)")
+        return n, crop, skipped
 
 
-class Draws(Sampler):
-    """Yields (n, position) for n = start to stop - 1, by n and seed alone: all positions, reshuffled every epoch."""
-    def __init__(self, length, start, stop, seed):
-        self.length, self.start, self.stop, self.seed = length, start, stop, seed
+class HeldOut(Photos):
+    """Item (position, side): the central crop of a photo, (1, 3, side, side) uint8, or None if it cannot be used."""
+    def __getitem__(self, sample):
+        position, side = sample
+        crop, _ = self.first_usable([position], side)
+        return crop if crop is None else crop[None]
+
+
+class Skipped:
+    """What the main process says of training photos that cannot be used, as lists of lines to print.
+
+    Called with each batch's strings of Photos it names three photos, and once, after `enough` samples, their share.
+    """
+    enough = 2000
+
+    def __init__(self):
+        self.samples, self.named, self.reasons = 0, [], collections.Counter()
+
+    def __call__(self, batch):
+        before, skipped = self.samples, [text for text in batch if text]
+        self.samples += len(batch)
+        self.reasons.update(text.split(": ")[1] for text in skipped)
+        new = [text for text in dict.fromkeys(skipped) if text not in self.named][:3 - len(self.named)]
+        self.named += new
+        return [f"skipped {text}" for text in new] + (self.share() if before < self.enough <= self.samples else [])
+
+    def end(self):
+        """At the end of a run: the share, if it has not been said."""
+        return self.share() if self.samples < self.enough else []
+
+    def share(self):
+        percent = 100 * self.reasons.total() / max(1, self.samples)
+        return [f"of the first {self.samples:,} samples {percent:.3g} % met a photo that cannot be used, most often: "
+                f"{reason}" for reason, _ in self.reasons.most_common(1)]
+
+
+@functools.lru_cache(3)        # cached crops of several sides are lists of at most three lengths
+def order(length, seed, epoch):
+    """Permutation of 0..length-1: (length,) int64."""
+    return torch.randperm(length, generator=torch.Generator().manual_seed((seed << 20) + epoch))
+
+
+def draw(n, length, seed):
+    """Draw number n from 0..length-1, by these three alone: every epoch has all of them, in a new order."""
+    epoch, i = divmod(n, length)
+    return int(order(length, seed, epoch)[i])
+
+
+class Samples(Sampler):
+    """Items of Photos, (number of the crop, position, side), for the samples of a range, by their numbers alone.
+
+    Batch b has the side teacher_size[b % S].  Without cache_crops sample n is crop n.  With it batch b draws from those
+    of the first cache_crops crops which, without, are in batches b % S, b % S + S, ...   Raises: DataError for too few.
+    """
+    def __init__(self, cfg, n_photos, samples):
+        self.batch_size, self.sides, self.seed = cfg.batch_size, cfg.teacher_size, cfg.seed
+        self.n_photos, self.samples, n_slots = n_photos, samples, len(cfg.teacher_size)
+        if 0 < cfg.cache_crops <= (n_slots - 1) * cfg.batch_size:
+            raise DataError(f"cache_crops {cfg.cache_crops} are too few for {n_slots} sides in batches of "
+                            f"{cfg.batch_size}: need more than {(n_slots - 1) * cfg.batch_size} (--cache_crops)")
+        crops = [self.crop(n) for n in range(cfg.cache_crops)]
+        self.slots = [[crop for crop in crops if crop[0] // cfg.batch_size % n_slots == k] for k in range(n_slots)]
 
     def __len__(self):
-        return self.stop - self.start
+        return len(self.samples)
 
     def __iter__(self):
-        for n in range(self.start, self.stop):
-            epoch, i = divmod(n, self.length)
-            if n == self.start or i == 0:
-                generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
-                order = torch.randperm(self.length, generator=generator)
-            yield n, int(order[i])
+        return map(self.cached if any(self.slots) else self.crop, self.samples)
+
+    def crop(self, n):
+        return n, draw(n, self.n_photos, self.seed), self.sides[n // self.batch_size % len(self.sides)]
+
+    def cached(self, n):
+        batch, i = divmod(n, self.batch_size)
+        turn, k = divmod(batch, len(self.slots))
+        return self.slots[k][draw(turn * self.batch_size + i, len(self.slots[k]), self.seed)]
 
 
-def ignore_ctrl_c(worker_id):
-    """worker_init_fn: Ctrl-C is for the main process, which saves first. (Ignoring SIGTERM would hang the exit.)"""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+# What asks a run to stop, as far as the platform has it: batch systems, Ctrl-C, SLURM's --signal, a closed terminal
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+
+
+def ignore_signals(worker_id):
+    """worker_init_fn: signals are for the main process, which saves first and then ends its workers."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def check_workers(num_workers):
+    """Raises DataError where a loader's workers would hang: they hand over tensors by a socket in TMPDIR."""
+    length = len(os.fsencode(tempfile.gettempdir()))
+    if num_workers and length + len("/pymp-01234567/listener-01234567") > 107:
+        raise DataError(f"TMPDIR ({length} characters) is longer than a socket's path may be: set TMPDIR to a shorter "
+                        "folder, or --num_workers 0")
 
 
 def make_loaders(cfg, index, train_ids, val_ids, samples, accelerator):
-    """Batches of the training samples numbered `samples`, a range, and of this process's share of the held-out photos.
+    """Loaders of the training samples numbered `samples`, a range of whole batches, and of the held-out photos.
 
     cfg: the settings of brixel.py; batch_size is that of all processes, which get a part of each batch.
-    Both yield the crops' numbers, (B,), and the crops, (B, 3, S, S) uint8, S = teacher_size.
-    With cache_crops the samples are draws from the first so many crops, whose numbers return.
+    The first yields what Photos has for Samples: crops' numbers (B,), crops (B, 3, S, S) uint8, and B strings; the
+    second what HeldOut has for this process's share, one by one, all photos at the first side, then at the next.
+    Raises: DataError for settings that do not fit, and if no held-out photo can be used.
     """
     world = accelerator.num_processes
     if cfg.batch_size % world:
         raise DataError(f"batch_size {cfg.batch_size} cannot be divided by {world} processes (--batch_size, or "
                         "--num_processes of accelerate launch)")
-    sizes = cfg.teacher_size, cfg.min_side or cfg.teacher_size
-    workers = {"num_workers": cfg.num_workers, "worker_init_fn": ignore_ctrl_c, "pin_memory": torch.cuda.is_available(),
+    check_workers(cfg.num_workers)
+    photos = Photos(index, train_ids, cfg.min_side, cfg.crop, cfg.crop_min, cfg.seed)
+    held_out = HeldOut(index, val_ids, cfg.min_side)
+    sides = dict.fromkeys(cfg.teacher_size)        # each once
+    for side in sides:
+        crop, skipped = held_out.first_usable(range(len(val_ids)), side)
+        if crop is None:
+            raise DataError(f"none of the {len(val_ids)} held-out photos can be used, first {skipped} "
+                            "(--data_dir, --min_side)")
+    own = [(i, side) for side in sides for i in range(accelerator.process_index, len(val_ids), world)]
+    workers = {"num_workers": cfg.num_workers, "worker_init_fn": ignore_signals,
+               "pin_memory": torch.cuda.is_available(),
                "generator": torch.Generator()}     # its own: no loader disturbs an exact resume
-    photos = Photos(index, train_ids, *sizes, cfg.crop, cfg.crop_min, cfg.seed)
-    draws = Draws(cfg.cache_crops or len(photos), samples.start, samples.stop, cfg.seed)
-    if cfg.cache_crops:
-        crops = list(Draws(len(photos), 0, cfg.cache_crops, cfg.seed))
-        draws = [crops[i] for _, i in draws]
-    own = [(0, i) for i in range(accelerator.process_index, len(val_ids), world)]
-    held_out = Photos(index, val_ids, *sizes, crop="center")
-    return (accelerator.prepare(DataLoader(photos, cfg.batch_size, sampler=draws, **workers)),
-            DataLoader(held_out, 1, sampler=own, **workers))
+    loader = DataLoader(photos, cfg.batch_size, sampler=Samples(cfg, len(photos), samples), **workers)
+    return accelerator.prepare(loader), DataLoader(held_out, None, sampler=own, **workers)
 
 
 def usable_cores():
@@ -427,6 +548,8 @@ or
         self.mat = self.root / "nyu_depth_v2_labeled.mat"
         if self.mat.is_file():
             splits, key = self.root / "splits.mat", {"train": "trainNdxs", "val": "testNdxs"}[self.split]
+            if not splits.is_file():
+                raise DataError(f"no file {splits}; expected\n{self.tree}")
             with reading(splits):
                 from scipy.io import loadmat
                 return [int(number) - 1 for number in np.ravel(loadmat(splits)[key])]   # MATLAB counts from 1
@@ -438,7 +561,7 @@ or
         with reading(name):
             if self.mat.is_file():
                 import h5py
-                with h5py.File(self.mat) as file:
+                with h5py.File(self.mat, locking=False) as file:              # not all file systems lock
                     pixels, depth = file["images"][i].T, file["depths"][i].T            # on disk (3, w, h) and (w, h)
             else:                                                                       # nested lists, or a picture
                 cells = (column[i].as_py() for column in nyu_table(self.files).columns)

@@ -1,15 +1,19 @@
 """Training photos: reading, cropping, sampling, tar shards."""
 
 import io
+import multiprocessing
 import os
 import random
 import re
 import tarfile
+from functools import partial
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
 from conftest import photo
 from PIL import Image, ImageOps
 
@@ -109,33 +113,99 @@ def test_split_is_fixed_disjoint_and_complete():
             data.split(n, share)
 
 
-def test_draws_cover_every_epoch_in_a_new_order_and_go_on_wherever_a_run_is_resumed():
-    samples = list(data.Draws(9, 0, 36, seed=7))
-    assert [n for n, _ in samples] == list(range(36)) and len(data.Draws(9, 3, 36, seed=7)) == 33
-    orders = [tuple(position for _, position in samples[start:start + 9]) for start in (0, 9, 18, 27)]
-    assert all(sorted(order) == list(range(9)) for order in orders) and len(set(orders)) == 4
-    assert list(data.Draws(9, 0, 36, seed=8)) != samples
-    for start in (0, 3, 9, 35):
-        assert list(data.Draws(9, start, 36, seed=7)) == samples[start:]
+def settings(**changes):
+    """What make_loaders wants to know of a run."""
+    return SimpleNamespace(**{"batch_size": 4, "teacher_size": [64], "min_side": 0, "crop": "random", "crop_min": 0.0,
+                              "cache_crops": 0, "num_workers": 0, "seed": 7, **changes})
 
 
-def test_photo_that_cannot_be_used_is_named_once_another_takes_its_place_and_twenty_in_a_row_end_the_run(photos):
+def test_samples_cover_every_epoch_in_a_new_order_and_go_on_wherever_a_run_is_resumed():
+    """Batch b has side b % 3 of three; of 14 cached crops 0 to 3 and 12, 13 are for the first, 4 to 7 for the second."""
+    several = settings(teacher_size=[64, 96, 64])
+    for cfg in (settings(), several, settings(teacher_size=[64, 96, 64], cache_crops=14)):
+        samples = list(data.Samples(cfg, 9, range(72)))
+        assert all(list(data.Samples(cfg, 9, range(n, 72))) == samples[n:] for n in (4, 12, 36, 68))
+        assert [side for *_, side in samples[::4]] == (cfg.teacher_size * 18)[:18]
+        if not cfg.cache_crops:
+            orders = [tuple(position for _, position, _ in samples[start:start + 9]) for start in range(0, 72, 9)]
+            assert all(sorted(order) == list(range(9)) for order in orders) and len(set(orders)) == 8
+    crops = list(data.Samples(several, 9, range(14)))
+    for k, own in enumerate(([*crops[:4], *crops[12:]], crops[4:8], crops[8:12])):
+        drawn = [sample for n in range(4 * k, 72, 12) for sample in samples[n:n + 4]]
+        passes = [drawn[n:n + len(own)] for n in range(0, 24, len(own))]
+        assert all(sorted(one) == sorted(own) for one in passes) and passes[0] != passes[1]
+    with pytest.raises(data.DataError, match="cache_crops 8 .*more than 8 .--cache_crops"):
+        data.Samples(settings(teacher_size=[64, 96, 64], cache_crops=8), 9, range(4))
+
+
+def test_photo_that_cannot_be_used_is_named_another_takes_its_place_and_twenty_in_a_row_end_the_run(photos):
     Image.new("RGB", (100, 60)).save(photos / "3.jpg")
     (photos / "7.jpg").write_bytes((photos / "7.jpg").read_bytes()[:900])
-    dataset = data.Photos(data.PhotoIndex(photos), range(8), 64, min_side=64, crop="center")
-    with pytest.warns(UserWarning) as told:
-        crops = [dataset[n, position][1] for n, position in enumerate((3, 7, 3, 7, 3, 7, 3, 7))]
-    assert len(told) == 2 and "3.jpg: the short side is 60" in str(told[0].message) and "7.jpg" in str(told[1].message)
+    dataset = data.Photos(data.PhotoIndex(photos), range(8), crop="center")
+    items = [dataset[n, 3 + 4 * (n % 2), 64] for n in range(8)]
     good = [data.read_crop(photos / f"{i}.jpg", 64) for i in (0, 1, 2, 4, 5, 6)]
-    places = [[torch.equal(crop, other) for other in good].index(True) for crop in crops]
-    assert len(set(places)) > 2 and all(torch.equal(dataset[n, 3][1], crops[n]) for n in (0, 2, 4, 6))
-    with pytest.warns(UserWarning), pytest.raises(data.DataError, match="^20 photos .*3.jpg: .*--data_dir, --min_side"):
-        data.Photos(data.PhotoIndex(photos), [3] * 400 + [4], 64, min_side=64)[0, 1]
+    assert len({[torch.equal(crop, other) for other in good].index(True) for _, crop, _ in items}) > 2
+    assert {skipped for *_, skipped in items[::2]} == {f"{photos}/3.jpg: the short side is below min_side 64: 60 px"}
+    assert items[1][2].startswith(f"{photos}/7.jpg: the file cannot be read: ") and dataset[8, 2, 64][2] == ""
+    assert dataset[3, 3, 60][2] == ""                                                    # min_side 0: the crop's side
+    with pytest.raises(data.DataError, match="^20 photos .*3.jpg: .*--data_dir, --min_side"):
+        data.Photos(data.PhotoIndex(photos), [3] * 400 + [4])[0, 1, 64]
 
 
-def test_a_batch_that_the_processes_cannot_divide_is_one_sentence():
-    with pytest.raises(data.DataError, match="batch_size 3 .* 2 processes"):
-        data.make_loaders(Mock(batch_size=3), None, [], [], None, Mock(num_processes=2))
+def test_three_skipped_photos_are_named_and_the_share_is_said_once():
+    small, broken = "{}.jpg: the short side is below min_side 64: {} px", "{}.jpg: the file cannot be read: OSError: cut"
+    skipped, short = data.Skipped(), data.Skipped()
+    assert skipped(["", small.format(1, 7), small.format(1, 7), broken.format(2)]) == \
+        [f"skipped {small.format(1, 7)}", f"skipped {broken.format(2)}"] and skipped([""] * 4) == []
+    assert [skipped([small.format(3 + n, n)]) for n in range(2)] == [[f"skipped {small.format(3, 0)}"], []]
+    assert skipped([""] * 1990) == ["of the first 2,000 samples 0.25 % met a photo that cannot be used, most often: "
+                                    "the short side is below min_side 64"]
+    assert skipped([broken] * 2000) == skipped.end() == short.end() == short([""] * 5) == short.end() == []
+    short([broken])
+    assert "first 6 samples 16.7 %" in short.end()[0]
+
+
+def loaders(photos, world=1, process=0, **changes):
+    """make_loaders for samples 4 to 15 of eight photos, of which 0, 4 and 7 are held out."""
+    prepare = partial(prepare_data_loader, num_processes=world, process_index=process, split_batches=True)
+    accelerator = Mock(num_processes=world, process_index=process, prepare=prepare)
+    return data.make_loaders(settings(**changes), data.PhotoIndex(photos), *data.split(8, 0.4), range(4, 16), accelerator)
+
+
+@pytest.mark.parametrize("cache_crops", [0, 9])
+def test_loaders_give_each_process_its_part_and_workers_outlive_signals(cache_crops, photos, fresh_accelerate):
+    for name in ("2", "4", "5", "6"):
+        Image.new("RGB", (80, 80)).save(photos / f"{name}.jpg")
+    changes = {"teacher_size": [64, 96, 64], "cache_crops": cache_crops}
+    train, held_out = loaders(photos, num_workers=1, **changes)
+    whole, parts = [], [list(loaders(photos, 2, k, **changes)[0]) for k in (0, 1)]
+    for batch in train:
+        for worker in multiprocessing.active_children():
+            for number in data.STOP_SIGNALS:
+                os.kill(worker.pid, number)
+        whole.append(batch)
+    assert [crops.shape for _, crops, _ in whole] == [(4, 3, 96, 96), (4, 3, 64, 64), (4, 3, 64, 64)]
+    for batch, one, two in zip(whole, *parts, strict=True):
+        assert all(torch.equal(batch[i], torch.cat([one[i], two[i]])) for i in (0, 1))
+        assert list(batch[2]) == [*one[2], *two[2]] and len(one[2]) == 2
+    assert any("the short side is below min_side 96: 80" in skipped for skipped in whole[0][2])
+    assert [crop if crop is None else crop.shape[2] for crop in held_out] == [64, 64, 64, 96, None, 96]
+    assert torch.equal(list(held_out)[5][0], data.read_crop(photos / "7.jpg", 96))
+    shares = [list(loaders(photos, 2, k, **changes)[1]) for k in (0, 1)]
+    assert [len(share) for share in shares] == [4, 2] and shares[1][1] is None
+
+
+def test_what_hinders_the_loaders_is_one_sentence(photos, monkeypatch, fresh_accelerate):
+    with pytest.raises(data.DataError, match="batch_size 4 .* 3 processes"):
+        loaders(photos, 3)
+    with pytest.raises(data.DataError, match="none of the 3 held-out .*first .*/0.jpg: .*150 px .--data_dir, --min"):
+        loaders(photos, min_side=999)
+    monkeypatch.setattr("tempfile.tempdir", "/" + "x" * 74)                              # the longest that torch can use
+    loaders(photos, num_workers=1)
+    monkeypatch.setattr("tempfile.tempdir", "/" + "x" * 75)
+    loaders(photos)
+    with pytest.raises(data.DataError, match="TMPDIR .76 characters.*--num_workers 0"):
+        loaders(photos, num_workers=1)
 
 
 def write_tar(path, *members):
