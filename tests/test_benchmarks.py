@@ -1,5 +1,6 @@
 """The four benchmark readers, on rendered scenes in each benchmark's own format, and on three real ADE20K pairs."""
 
+import fcntl
 import io
 import shutil
 
@@ -75,13 +76,18 @@ def test_nyu_parquet_is_the_rendered_scene_and_mat_the_same(benchmarks, tmp_path
         file["depths"] = np.stack([item["depth"][0].numpy().T for item in items])
     savemat(tmp_path / "splits.mat", {"testNdxs": np.array([[1.0]]), "trainNdxs": np.array([[2.0], [3.0]])})
     train = data.NYU(tmp_path, "train", 48)
-    again = [*data.NYU(tmp_path, "val", 48), *train]
+    with open(tmp_path / "nyu_depth_v2_labeled.mat") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)                                              # as where files cannot be locked
+        again = [*data.NYU(tmp_path, "val", 48), *train]
     for old, new in zip(items, again, strict=True):
         assert torch.equal(old["image"], new["image"]) and torch.equal(old["depth"], new["depth"])
     assert (~again[0]["valid"]).nonzero().tolist() == [[0, 0, 0], [0, 0, 1]]
     (tmp_path / "nyu_depth_v2_labeled.mat").write_bytes(b"cut")
     with pytest.raises(data.DataError, match="image 2 of .*labeled.mat cannot be read"):
         train[0]
+    (tmp_path / "splits.mat").unlink()
+    with pytest.raises(data.DataError, match="no file .*splits.mat; expected\n *data/train"):
+        data.NYU(tmp_path, "train", 48)
 
 
 def test_nyu_of_other_shapes_and_units_is_the_same_or_refused(tmp_path):

@@ -61,16 +61,33 @@ def test_exif_that_cannot_be_parsed_does_not_lose_the_picture(format):
     assert np.array_equal(ImageOps.exif_transpose(data.open_photo(file).copy()), data.open_photo(good))
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "YCbCr", "1", "I;16", "I", "F"])
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "YCbCr", "1"])
 def test_any_color_mode_becomes_rgb_and_transparency_white(mode):
-    gray = gradient(80, 80).convert("L")
-    image = Image.fromarray(np.array(gray).astype(np.uint16) << 8) if mode in ("I;16", "I") else gradient(80, 80)
-    crop = data.read_crop(saved(image if mode == "I;16" else image.convert(mode), "TIFF"), 80)
+    crop = data.read_crop(saved(gradient(80, 80).convert(mode), "TIFF"), 80)
     assert crop.shape == (3, 80, 80) and crop.dtype == torch.uint8
-    if mode in ("L", "I;16", "I", "F"):
-        assert np.abs(crop[0].numpy() - np.array(gray, float)).max() <= 1
     if mode in ("LA", "RGBA"):
         assert data.read_crop(saved(Image.new(mode, (50, 50)), "PNG"), 20).unique().tolist() == [255]
+
+
+@pytest.mark.parametrize("dtype, low, high, tags, seen", [
+    (np.uint16, 0, 65535, {}, (0, 255)), (np.uint16, 65535, 0, {262: 0}, (0, 255)), (np.uint16, 0, 255, {}, (0, 1)),
+    (np.int32, 0, 65535, {}, (0, 255)), (np.int32, 0, 255, {}, (0, 255)), (np.float32, 0, 1, {}, (0, 255)),
+    (np.float32, 0, 255, {}, (0, 255)), (np.float32, 255, 0, {262: 0}, (0, 255)), (np.int32, -1, 255, {}, None),
+    (np.int32, 0, 65536, {}, None), (np.float32, -1, 1, {}, None), (np.float32, 0, 256, {}, None),
+    (np.float32, 0, np.nan, {}, None), (np.uint8, 0, 255, {339: 2}, None)])
+def test_gray_photos_look_as_in_a_viewer_or_are_refused(dtype, low, high, tags, seen):
+    """From low to high on the left, where no central crop is, and half of high on the right; TIFF tag 262: inverted."""
+    gray = np.full((40, 120), (low + high) / 2)
+    gray[:, :20] = np.linspace(low, high, 20)
+    file = saved(Image.fromarray(gray.astype(dtype)), "TIFF", tiffinfo=tags)
+    if seen:
+        middle = sum(seen) / 2
+        assert np.array(data.open_photo(file))[0, [0, 19, 50], 1].tolist() == pytest.approx([*seen, middle], abs=1)
+        assert data.read_crop(file, 40).unique().tolist() == pytest.approx([middle], abs=1)
+    else:
+        for read in (data.open_photo, partial(data.read_crop, size=40)):
+            with pytest.raises(data.DataError, match="gray values"):
+                read(file)
 
 
 @pytest.mark.parametrize("size, crop_min, smallest", [(64, 0.5, 150), (250, 0.5, 150), (250, 0, 250), (500, 0, 300)])
@@ -120,7 +137,7 @@ def settings(**changes):
 
 
 def test_samples_cover_every_epoch_in_a_new_order_and_go_on_wherever_a_run_is_resumed():
-    """Batch b has side b % 3 of three; of 14 cached crops 0 to 3 and 12, 13 are for the first, 4 to 7 for the second."""
+    """Batch b has side b % 3; of 14 cached crops 0 to 3, 12 and 13 are for the first, 4 to 7 for the second."""
     several = settings(teacher_size=[64, 96, 64])
     for cfg in (settings(), several, settings(teacher_size=[64, 96, 64], cache_crops=14)):
         samples = list(data.Samples(cfg, 9, range(72)))
@@ -153,7 +170,7 @@ def test_photo_that_cannot_be_used_is_named_another_takes_its_place_and_twenty_i
 
 
 def test_three_skipped_photos_are_named_and_the_share_is_said_once():
-    small, broken = "{}.jpg: the short side is below min_side 64: {} px", "{}.jpg: the file cannot be read: OSError: cut"
+    small, broken = "{}.jpg: the short side is below min_side 64: {} px", "{}.jpg: the file cannot be read: Error: cut"
     skipped, short = data.Skipped(), data.Skipped()
     assert skipped(["", small.format(1, 7), small.format(1, 7), broken.format(2)]) == \
         [f"skipped {small.format(1, 7)}", f"skipped {broken.format(2)}"] and skipped([""] * 4) == []
@@ -169,7 +186,8 @@ def loaders(photos, world=1, process=0, **changes):
     """make_loaders for samples 4 to 15 of eight photos, of which 0, 4 and 7 are held out."""
     prepare = partial(prepare_data_loader, num_processes=world, process_index=process, split_batches=True)
     accelerator = Mock(num_processes=world, process_index=process, prepare=prepare)
-    return data.make_loaders(settings(**changes), data.PhotoIndex(photos), *data.split(8, 0.4), range(4, 16), accelerator)
+    ids = data.split(8, 0.4)
+    return data.make_loaders(settings(**changes), data.PhotoIndex(photos), *ids, range(4, 16), accelerator)
 
 
 @pytest.mark.parametrize("cache_crops", [0, 9])
@@ -200,7 +218,7 @@ def test_what_hinders_the_loaders_is_one_sentence(photos, monkeypatch, fresh_acc
         loaders(photos, 3)
     with pytest.raises(data.DataError, match="none of the 3 held-out .*first .*/0.jpg: .*150 px .--data_dir, --min"):
         loaders(photos, min_side=999)
-    monkeypatch.setattr("tempfile.tempdir", "/" + "x" * 74)                              # the longest that torch can use
+    monkeypatch.setattr("tempfile.tempdir", "/" + "x" * 74)                              # the longest possible
     loaders(photos, num_workers=1)
     monkeypatch.setattr("tempfile.tempdir", "/" + "x" * 75)
     loaders(photos)
@@ -215,9 +233,12 @@ def write_tar(path, *members):
             tar.addfile(member) if isinstance(member, tarfile.TarInfo) else tar.add(member, member.name)
 
 
-def test_tar_shards_are_read_in_place(photos):
+def test_tar_shards_are_read_in_place(photos, monkeypatch):
     """With .json beside the photos, as img2dataset and SA-1B write them."""
     (photos / "2.json").touch()
+    monkeypatch.setattr("multiprocessing.Pool", pool := Mock(side_effect=multiprocessing.Pool))
+    monkeypatch.setattr("data.usable_cores", lambda: 9)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     write_tar(photos / "0.tar", photos / "1.jpg", photos / "2.jpg", photos / "2.json")
     write_tar(photos / "1.TAR", photos / "3.jpg", photos / "4.jpg")
     for place, expected in ((photos, [*range(8), 1, 2, 3, 4]), (photos / "[01].[tT]*", [1, 2, 3, 4])):
@@ -225,10 +246,12 @@ def test_tar_shards_are_read_in_place(photos):
         for i, number in enumerate(expected):
             assert np.array_equal(Image.open(index.open(i)), Image.open(photos / f"{number}.jpg"))
     assert index.name(3).startswith(f"{photos}/1.TAR at byte ") and index.notes == []
+    assert [call.args for call in pool.call_args_list] == [(1,), (1,)]                   # this process's share of cores
 
 
-def test_what_a_tar_or_a_folder_holds_and_is_no_photo_is_noted(photos, capfd):
-    for name in ("a.png", "pca.png", "cat.pca.png", "out.png", "out.jsonl", "out.navi.png", "out.nyu.size.png"):
+def test_what_a_tar_or_a_folder_holds_and_is_no_photo_is_noted(photos, capfd, monkeypatch):
+    for name in ("a.png", "pca.png", "cat.pca.png", "out.png", "out.jsonl", "out.navi.png", "out.nyu.size.png",
+                 "out.pt", "out.navi.json", "a.HEIC", "b.heic", "c.jpg?w=1024", "d.jpg.part", "e.jpg~", "d41d8cd98", "f. g"):
         (photos / name).touch()
     sparse, link = tarfile.TarInfo("scan.jpg"), tarfile.TarInfo("same.jpg")
     sparse.type, link.type, link.linkname = tarfile.GNUTYPE_SPARSE, tarfile.LNKTYPE, "5.jpg"
@@ -238,13 +261,17 @@ def test_what_a_tar_or_a_folder_holds_and_is_no_photo_is_noted(photos, capfd):
     (photos / "2.tar").write_bytes(content[:5000])                                       # a download that broke off
     (photos / "3.tar").write_bytes(content.replace(b"6.jpg", b"6.png"))                  # a damaged header
     for place in (photos, photos / "*"):
+        monkeypatch.setattr("os.path.exists", asked := Mock(side_effect=os.path.lexists))
         index = data.PhotoIndex(place)
+        assert asked.call_count == 1                                                     # not for each file
         assert [os.path.basename(path) for path in index.files] == [*(f"{i}.jpg" for i in range(8)), "a.png", "pca.png"]
         assert [Image.open(index.open(i)).size for i in (10, 11)] == [(180, 150)] * 2 and len(index) == 12
-        reasons = "4 pictures", "0.tar: 2 links", "1.tar .*ReadError", "2.tar .*unexpected end", "3.tar .*damaged"
+        reasons = ("7 files .*: 2 .heic, 2 without one, 1 .jpg[?], 1 .part, 1 .jpg~$", "4 pictures", "0.tar: 2 links",
+                   "1.tar .*ReadError", "2.tar .*unexpected end", "3.tar .*damaged")
         assert all(re.search(reason, note) for reason, note in zip(reasons, index.notes, strict=True))
-    with pytest.raises(data.DataError, match="no .jpg .*1.tar cannot be read.*--data_dir"):
-        data.PhotoIndex(photos / "1.tar")
+    for name, reason in (("1.tar", "1.tar cannot be read"), ("[ab].*[cC]", "2 .heic")):
+        with pytest.raises(data.DataError, match=f"no .jpg .*{reason}.*--data_dir"):
+            data.PhotoIndex(photos / name)
     assert capfd.readouterr() == ("", "")                                                # every process has an index
 
 
