@@ -5,6 +5,7 @@
 
 Benchmarks: ADE20K, Cityscapes, NYU, NAVI; each class shows the folders that it expects.
 """
+import atexit
 import collections
 import contextlib
 import functools
@@ -360,6 +361,15 @@ def ignore_signals(worker_id):
     """worker_init_fn: signals are for the main process, which saves first and then ends its workers."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers():
+    """At exit: kill workers that the traceback of an error still holds; they ignore multiprocessing's SIGTERM."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)           # torch would call it an error
+            process.kill()
 
 
 def check_workers(num_workers):
