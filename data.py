@@ -192,7 +192,7 @@ class PhotoIndex:
         known = own.union(self.files, self.tars)
         others = collections.Counter(ending(path) for path in found if path not in known)
         if others:
-            counts = ", ".join(f"{n} {name}" for name, n in others.most_common())
+            counts = ", ".join(f"{n} {name}" for name, n in others.most_common(9))
             self.notes.insert(0, f"{others.total()} files with other endings are left out: {counts}")
         self.members = np.zeros((0, 3), np.int64)           # number of the tar, byte offset and size of every photo
         if self.tars:

@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import random
 import re
+import subprocess
+import sys
 import tarfile
 from functools import partial
 from types import SimpleNamespace
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
-from conftest import photo
+from conftest import ROOT, photo
 from PIL import Image, ImageOps
 
 import data
@@ -159,11 +161,11 @@ def test_photo_that_cannot_be_used_is_named_another_takes_its_place_and_twenty_i
     Image.new("RGB", (100, 60)).save(photos / "3.jpg")
     (photos / "7.jpg").write_bytes((photos / "7.jpg").read_bytes()[:900])
     dataset = data.Photos(data.PhotoIndex(photos), range(8), crop="center")
-    items = [dataset[n, 3 + 4 * (n % 2), 64] for n in range(8)]
+    items = [dataset[n, 3 + 4 * (n % 2), 64] for n in range(40)]
     good = [data.read_crop(photos / f"{i}.jpg", 64) for i in (0, 1, 2, 4, 5, 6)]
     assert len({[torch.equal(crop, other) for other in good].index(True) for _, crop, _ in items}) > 2
     assert {skipped for *_, skipped in items[::2]} == {f"{photos}/3.jpg: the short side is below min_side 64: 60 px"}
-    assert items[1][2].startswith(f"{photos}/7.jpg: the file cannot be read: ") and dataset[8, 2, 64][2] == ""
+    assert items[1][2].startswith(f"{photos}/7.jpg: the file cannot be read: ") and dataset[40, 2, 64][2] == ""
     assert dataset[3, 3, 60][2] == ""                                                    # min_side 0: the crop's side
     with pytest.raises(data.DataError, match="^20 photos .*3.jpg: .*--data_dir, --min_side"):
         data.Photos(data.PhotoIndex(photos), [3] * 400 + [4])[0, 1, 64]
@@ -213,6 +215,16 @@ def test_loaders_give_each_process_its_part_and_workers_outlive_signals(cache_cr
     assert [len(share) for share in shares] == [4, 2] and shares[1][1] is None
 
 
+def test_an_error_in_a_worker_ends_the_program(photos):
+    """It holds the loader, and so its workers, to the very end."""
+    code = """if True:
+        import data, sys
+        photos = data.Photos(data.PhotoIndex(sys.argv[1]), range(8), min_side=999)
+        list(data.DataLoader(photos, sampler=[(0, 0, 64)] * 9, num_workers=1, worker_init_fn=data.ignore_signals))"""
+    done = subprocess.run([sys.executable, "-c", code, photos], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and re.search("DataError: 8 photos in a row .*--min_side.$", done.stderr)
+
+
 def test_what_hinders_the_loaders_is_one_sentence(photos, monkeypatch, fresh_accelerate):
     with pytest.raises(data.DataError, match="batch_size 4 .* 3 processes"):
         loaders(photos, 3)
@@ -251,7 +263,7 @@ def test_tar_shards_are_read_in_place(photos, monkeypatch):
 
 def test_what_a_tar_or_a_folder_holds_and_is_no_photo_is_noted(photos, capfd, monkeypatch):
     for name in ("a.png", "pca.png", "cat.pca.png", "out.png", "out.jsonl", "out.navi.png", "out.nyu.size.png",
-                 "out.pt", "out.navi.json", "a.HEIC", "b.heic", "c.jpg?w=1024", "d.jpg.part", "e.jpg~", "d41d8cd98", "f. g"):
+                 "out.pt", "out.navi.json", "a.HEIC", "b.heic", "c.jpg?w=1", "d.jpg.part", "e.jpg~", "d41d8cd98", "f.2024_01_05_10"):
         (photos / name).touch()
     sparse, link = tarfile.TarInfo("scan.jpg"), tarfile.TarInfo("same.jpg")
     sparse.type, link.type, link.linkname = tarfile.GNUTYPE_SPARSE, tarfile.LNKTYPE, "5.jpg"
