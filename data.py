@@ -71,18 +71,18 @@ def to_rgb(image):
 def to_8_bits(image):
     """A whole gray photo of 16 or 32 bits as 8 bits, as a viewer shows it; other photos as they are.
 
-    Raises: DataError for signed bytes, and unless the values are 0 to 1 or 255 (floats), 255 or 65535 (integers).
+    Raises: ValueError for signed bytes, and unless the values are 0 to 1 or 255 (floats), 255 or 65535 (integers).
     """
     tags = getattr(image, "tag_v2", {})                             # of a TIFF
     if image.mode == "L" and 2 in tags.get(339, ()):                # SampleFormat
-        raise DataError("the gray values are signed bytes, which Pillow reads as unsigned")
+        raise ValueError("the gray values are signed bytes, which Pillow reads as unsigned")
     if image.mode[0] not in "IF":
         return image
     gray, bits = np.array(image), tags.get(258, [16])[0]
     whites = {"F": (1, 255), "I": (255, 65535)}.get(image.mode, (2**bits - 1,))
     white = next((white for white in whites if 0 <= gray.min() and gray.max() <= white), None)      # NaN: none
     if not white:
-        raise DataError(f"the gray values are {gray.min():.6g} to {gray.max():.6g}, allowed are 0 to {whites[-1]}")
+        raise ValueError(f"the gray values are {gray.min():.6g} to {gray.max():.6g}, allowed are 0 to {whites[-1]}")
     gray = gray * (255 / white) + 0.5
     return Image.fromarray((256 - gray if tags.get(262) == 0 else gray).astype(np.uint8))   # 262: 0 is white
 
