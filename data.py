@@ -35,10 +35,7 @@ from torchvision import transforms
 
 
 class DataError(ValueError):
-    """A mistake that the user can mend, in one sentence, also where a DataLoader's worker puts its traceback before.
-
-    A class of its own, as `reading` is, for brixel.py must run where this file is not.
-    """
+    """A mistake that the user can mend, in one sentence, also where a DataLoader's worker puts its traceback before."""
     def __str__(self):
         return super().__str__().rpartition("DataError: ")[2].strip()
 
@@ -69,22 +66,22 @@ def to_rgb(image):
 
 
 def to_8_bits(image):
-    """A whole gray photo of 16 or 32 bits as 8 bits, as a viewer shows it; other photos as they are.
+    """A whole gray photo of 16 or 32 bits as 8 bits; other photos as they are.
 
-    Raises: ValueError for signed bytes, and unless the values are 0 to 1 or 255 (floats), 255 or 65535 (integers).
+    Raises: ValueError unless 0 is black and white is 65535 (16 bits), 255 or 65535 (32 bits), 1 or 255 (floats).
     """
     tags = getattr(image, "tag_v2", {})                             # of a TIFF
     if image.mode == "L" and 2 in tags.get(339, ()):                # SampleFormat
-        raise ValueError("the gray values are signed bytes, which Pillow reads as unsigned")
+        raise ValueError("the gray values are signed bytes")
     if image.mode[0] not in "IF":
         return image
-    gray, bits = np.array(image), tags.get(258, [16])[0]
-    whites = {"F": (1, 255), "I": (255, 65535)}.get(image.mode, (2**bits - 1,))
-    white = next((white for white in whites if 0 <= gray.min() and gray.max() <= white), None)      # NaN: none
-    if not white:
-        raise ValueError(f"the gray values are {gray.min():.6g} to {gray.max():.6g}, allowed are 0 to {whites[-1]}")
-    gray = gray * (255 / white) + 0.5
-    return Image.fromarray((256 - gray if tags.get(262) == 0 else gray).astype(np.uint8))   # 262: 0 is white
+    if tags.get(262) == 0 or 12 in tags.get(258, ()):               # PhotometricInterpretation, BitsPerSample
+        raise ValueError("the gray values are of 12 bits, or 0 is white")
+    gray, whites = np.array(image), {"F": (1, 255), "I": (255, 65535)}.get(image.mode, (65535,))
+    for white in whites:
+        if 0 <= gray.min() and gray.max() <= white:                 # not so for NaN
+            return Image.fromarray((gray * (255 / white) + 0.5).astype(np.uint8))
+    raise ValueError(f"the gray values are {gray.min():.6g} to {gray.max():.6g}, allowed are 0 to {whites[-1]}")
 
 
 def upright(image):

@@ -72,11 +72,11 @@ def test_any_color_mode_becomes_rgb_and_transparency_white(mode):
 
 
 @pytest.mark.parametrize("dtype, low, high, tags, seen", [
-    (np.uint16, 0, 65535, {}, (0, 255)), (np.uint16, 65535, 0, {262: 0}, (0, 255)), (np.uint16, 0, 255, {}, (0, 1)),
-    (np.int32, 0, 65535, {}, (0, 255)), (np.int32, 0, 255, {}, (0, 255)), (np.float32, 0, 1, {}, (0, 255)),
-    (np.float32, 0, 255, {}, (0, 255)), (np.float32, 255, 0, {262: 0}, (0, 255)), (np.int32, -1, 255, {}, None),
-    (np.int32, 0, 65536, {}, None), (np.float32, -1, 1, {}, None), (np.float32, 0, 256, {}, None),
-    (np.float32, 0, np.nan, {}, None), (np.uint8, 0, 255, {339: 2}, None)])
+    (np.uint16, 0, 65535, {}, (0, 255)), (np.uint16, 0, 255, {}, (0, 1)), (np.int32, 0, 65535, {}, (0, 255)),
+    (np.int32, 0, 255, {}, (0, 255)), (np.float32, 0, 1, {}, (0, 255)), (np.float32, 0, 255, {}, (0, 255)),
+    (np.uint16, 65535, 0, {262: 0}, None), (np.float32, 255, 0, {262: 0}, None), (np.int32, -1, 255, {}, None),
+    (np.int32, 0, 65536, {}, None), (np.float32, 0, 256, {}, None), (np.float32, 0, np.nan, {}, None),
+    (np.uint8, 0, 255, {339: 2}, None)])
 def test_gray_photos_look_as_in_a_viewer_or_are_refused(dtype, low, high, tags, seen):
     """From low to high on the left, where no central crop is, and half of high on the right; TIFF tag 262: inverted."""
     gray = np.full((40, 120), (low + high) / 2)
