@@ -131,15 +131,7 @@ def read_crop(file, size, min_side=0, rng=None, crop_min=0.0):
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Training photos
 
-# By its ending: what brixel.py and probe.py write.  (A run's out.png has its out.jsonl beside it.)
-OWN_FILE = re.compile(r"\.(pca\.png|(ade20k|cityscapes|nyu|navi)(\.size)?\.(png|json)|pt|safetensors|state|jsonl)$")
-
-
-def ending(path):
-    """What a person calls the ending of a file's name: .heic, .part, .jpg~, .jpg? of "a.jpg?w=1024", "without one"."""
-    name, query, _ = os.path.basename(path).lower().partition("?")
-    suffix = re.match(r"\.\w{1,10}(?!\w)\W?", os.path.splitext(name)[1])
-    return suffix[0] + query if suffix else "without one"
+PROBE_PICTURE = re.compile(r"\.(pca|ade20k|cityscapes|nyu|navi)(\.size)?\.png$")
 
 
 def index_tar(number, path):
@@ -163,7 +155,7 @@ class PhotoIndex:
 
     data_dir: a folder (links to folders in it are not followed), a photo, a .tar or a glob.
     flag: what the user calls it.   Only names are read here.   Raises: DataError if no photo is found.
-    notes: sentences on what was left out, to be printed by the caller: broken tars, a run's own pictures and the like.
+    notes: sentences on what was left out, to be printed by the caller.
     """
     def __init__(self, data_dir, flag="--data_dir"):
         data_dir, found, self.notes = str(data_dir), [], []
@@ -176,21 +168,15 @@ class PhotoIndex:
                 found += sorted(os.path.join(folder, name) for folder, _, names in walk for name in names)
             else:
                 found.append(root)
-        logs = [path for path in found if path.endswith((".jsonl", ".state"))]
-        for folder in {os.path.dirname(root) for root in roots}:    # listings alone: to ask for each file takes hours
-            logs += glob.glob(os.path.join(glob.escape(folder), "*.jsonl"))
-        runs = {os.path.splitext(path)[0] + ".png" for path in logs}
-        own = {path for path in found if path in runs or OWN_FILE.search(path)}
-        self.files = [path for path in found if path.lower().endswith(IMAGE_SUFFIXES) and path not in own]
+        runs = {path.removesuffix(".jsonl") + ".png" for path in found if path.endswith(".jsonl")}
+        self.files = [path for path in found if path.lower().endswith(IMAGE_SUFFIXES)
+                      and path not in runs and not PROBE_PICTURE.search(path)]
         self.tars = [path for path in found if path.lower().endswith(".tar")]
-        pictures = sorted(path for path in own if path.endswith(".png"))
-        if pictures:
-            self.notes.append(f"{len(pictures)} pictures that a run or a probe wrote are left out, first {pictures[0]}")
-        known = own.union(self.files, self.tars)
-        others = collections.Counter(ending(path) for path in found if path not in known)
+        used = {*self.files, *self.tars}
+        others = collections.Counter(os.path.splitext(path)[1].lower() for path in found if path not in used)
         if others:
-            counts = ", ".join(f"{n} {name}" for name, n in others.most_common(9))
-            self.notes.insert(0, f"{others.total()} files with other endings are left out: {counts}")
+            counts = ", ".join(f"{n} {ending or 'without one'}" for ending, n in others.most_common(9))
+            self.notes.append(f"{others.total()} files of other endings, or of runs and probes, are left out: {counts}")
         self.members = np.zeros((0, 3), np.int64)           # number of the tar, byte offset and size of every photo
         if self.tars:
             cores = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))        # of this node's processes
