@@ -219,51 +219,36 @@ def split(n, val_share, most=256):
 class Photos(Dataset):
     """Crops of the photos `ids` of a PhotoIndex.
 
-    crop: "random", or "center", whatever n.   min_side: as in read_crop; 0: the crop's side.   crop_min: as there.
+    crop: "random" or "center".   min_side: as in read_crop; 0: the crop's side.   crop_min: as there.
     Item (n, position, side): n; crop number n, of photo ids[position], (3, side, side) uint8, a pure function of these
     and the seed; and "". If the photo cannot be used, another one, drawn at random, takes its place, and the string is
-    its "NAME: reason".   Raises: DataError if none of `max_skipped` others can: then the folder or a setting is wrong.
+    its "NAME: reason".   Raises: DataError if none of `tries` others can: then the folder or a setting is wrong.
     """
-    max_skipped = 20
-
-    def __init__(self, index, ids, min_side=0, crop="random", crop_min=0.0, seed=42):
-        self.index, self.ids, self.min_side = index, ids, min_side
-        self.crop, self.crop_min, self.seed = crop, crop_min, seed
+    def __init__(self, index, ids, min_side=0, crop="random", crop_min=0.0, seed=42, kind="training", tries=20):
+        self.index, self.ids, self.min_side, self.crop, self.crop_min = index, ids, min_side, crop, crop_min
+        self.seed, self.kind, self.tries = seed, kind, min(tries, len(ids))
 
     def __len__(self):
         return len(self.ids)
 
-    def first_usable(self, positions, side, key=None):
-        """The crop of the first of these photos that can be used, or None; "NAME: reason" of the first that cannot.
-
-        key: names a random crop; None: the central one.
-        """
-        skipped = ""
-        for i in (self.ids[position] for position in positions):
-            rng = random.Random(key) if key else None
-            try:
-                return read_crop(self.index.open(i), side, self.min_side or side, rng, self.crop_min), skipped
-            except DataError as error:
-                skipped = skipped or f"{self.index.name(i)}: {error}"
-        return None, skipped
-
     def __getitem__(self, sample):
         n, position, side = sample
-        tries = min(self.max_skipped, len(self))
-        others = random.Random(f"{self.seed}/{n}/others").sample(range(len(self)), tries)   # neighbors may all be alike
-        key = f"{self.seed}/{n}" if self.crop == "random" else None
-        crop, skipped = self.first_usable([position, *others], side, key)
-        if crop is None:
-            raise DataError(f"{tries} photos in a row cannot be used, first {skipped} (--data_dir, --min_side)")
-        return n, crop, skipped
+        others = random.Random(f"{self.seed}/{n}/others").sample(range(len(self)), self.tries)   # neighbors are alike
+        skipped = ""
+        for i in (self.ids[k] for k in (position, *others)):
+            rng = random.Random(f"{self.seed}/{n}") if self.crop == "random" else None
+            try:
+                return n, read_crop(self.index.open(i), side, self.min_side or side, rng, self.crop_min), skipped
+            except DataError as error:
+                skipped = skipped or f"{self.index.name(i)}: {error}"
+        raise DataError(f"{self.tries} {self.kind} photos in a row cannot be used, first {skipped} "
+                        "(--data_dir, --min_side)")
 
 
-class HeldOut(Photos):
-    """Item (position, side): the central crop of a photo, (1, 3, side, side) uint8, or None if it cannot be used."""
-    def __getitem__(self, sample):
-        position, side = sample
-        crop, _ = self.first_usable([position], side)
-        return crop if crop is None else crop[None]
+def held_out_crop(item):
+    """A held-out photo's item of Photos -> (1, 3, side, side) uint8, or None where another one took its place."""
+    _, crop, skipped = item
+    return None if skipped else crop[None]
 
 
 class Skipped:
@@ -368,8 +353,8 @@ def make_loaders(cfg, index, train_ids, val_ids, samples, accelerator):
 
     cfg: the settings of brixel.py; batch_size is that of all processes, which get a part of each batch.
     The first yields what Photos has for Samples: crops' numbers (B,), crops (B, 3, S, S) uint8, and B strings; the
-    second what HeldOut has for this process's share, one by one, all photos at the first side, then at the next.
-    Raises: DataError for settings that do not fit, and if no held-out photo can be used.
+    second this process's share of central crops (1, 3, S, S), or None where a photo cannot be used: all photos at the
+    first side, then at the next.   Raises: DataError for settings that do not fit, or if no held-out photo can be used.
     """
     world = accelerator.num_processes
     if cfg.batch_size % world:
@@ -377,19 +362,16 @@ def make_loaders(cfg, index, train_ids, val_ids, samples, accelerator):
                         "--num_processes of accelerate launch)")
     check_workers(cfg.num_workers)
     photos = Photos(index, train_ids, cfg.min_side, cfg.crop, cfg.crop_min, cfg.seed)
-    held_out = HeldOut(index, val_ids, cfg.min_side)
+    held_out = Photos(index, val_ids, cfg.min_side, "center", kind="held-out", tries=len(val_ids))
     sides = dict.fromkeys(cfg.teacher_size)        # each once
     for side in sides:
-        crop, skipped = held_out.first_usable(range(len(val_ids)), side)
-        if crop is None:
-            raise DataError(f"none of the {len(val_ids)} held-out photos can be used, first {skipped} "
-                            "(--data_dir, --min_side)")
-    own = [(i, side) for side in sides for i in range(accelerator.process_index, len(val_ids), world)]
+        held_out[0, 0, side]                       # raises, if none of them can be used
+    own = [(i, i, side) for side in sides for i in range(accelerator.process_index, len(val_ids), world)]
     workers = {"num_workers": cfg.num_workers, "worker_init_fn": ignore_signals,
                "pin_memory": torch.cuda.is_available(),
                "generator": torch.Generator()}     # its own: no loader disturbs an exact resume
     loader = DataLoader(photos, cfg.batch_size, sampler=Samples(cfg, len(photos), samples), **workers)
-    return accelerator.prepare(loader), DataLoader(held_out, None, sampler=own, **workers)
+    return accelerator.prepare(loader), DataLoader(held_out, None, sampler=own, collate_fn=held_out_crop, **workers)
 
 
 def usable_cores():

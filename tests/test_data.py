@@ -167,7 +167,7 @@ def test_photo_that_cannot_be_used_is_named_another_takes_its_place_and_twenty_i
     assert {skipped for *_, skipped in items[::2]} == {f"{photos}/3.jpg: the short side is below min_side 64: 60 px"}
     assert items[1][2].startswith(f"{photos}/7.jpg: the file cannot be read: ") and dataset[40, 2, 64][2] == ""
     assert dataset[3, 3, 60][2] == ""                                                    # min_side 0: the crop's side
-    with pytest.raises(data.DataError, match="^20 photos .*3.jpg: .*--data_dir, --min_side"):
+    with pytest.raises(data.DataError, match="^20 training photos .*3.jpg: .*--data_dir, --min_side"):
         data.Photos(data.PhotoIndex(photos), [3] * 400 + [4])[0, 1, 64]
 
 
@@ -222,13 +222,13 @@ def test_an_error_in_a_worker_ends_the_program(photos):
         photos = data.Photos(data.PhotoIndex(sys.argv[1]), range(8), min_side=999)
         list(data.DataLoader(photos, sampler=[(0, 0, 64)] * 9, num_workers=1, worker_init_fn=data.ignore_signals))"""
     done = subprocess.run([sys.executable, "-c", code, photos], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and re.search("DataError: 8 photos in a row .*--min_side.$", done.stderr)
+    assert done.returncode == 1 and re.search("DataError: 8 training photos .*--min_side.$", done.stderr)
 
 
 def test_what_hinders_the_loaders_is_one_sentence(photos, monkeypatch, fresh_accelerate):
     with pytest.raises(data.DataError, match="batch_size 4 .* 3 processes"):
         loaders(photos, 3)
-    with pytest.raises(data.DataError, match="none of the 3 held-out .*first .*/0.jpg: .*150 px .--data_dir, --min"):
+    with pytest.raises(data.DataError, match="^3 held-out photos .*first .*/0.jpg: .*150 px .--data_dir, --min"):
         loaders(photos, min_side=999)
     monkeypatch.setattr("tempfile.tempdir", "/" + "x" * 74)                              # the longest possible
     loaders(photos, num_workers=1)
@@ -278,7 +278,7 @@ def test_what_a_tar_or_a_folder_holds_and_is_no_photo_is_noted(photos, capfd, mo
         assert asked.call_count == 1                                                     # not for each file
         assert [os.path.basename(path) for path in index.files] == [*(f"{i}.jpg" for i in range(8)), "a.png", "pca.png"]
         assert [Image.open(index.open(i)).size for i in (10, 11)] == [(180, 150)] * 2 and len(index) == 12
-        reasons = ("8 files .*: 4 .png, 2 .heic, 1 .jsonl, 1 without one$", "0.tar: 2 links",
+        reasons = ("8 files .*: 4 .png, 2 .heic, 1 without one, 1 .jsonl$", "0.tar: 2 links",
                    "1.tar .*ReadError", "2.tar .*unexpected end", "3.tar .*damaged")
         assert all(re.search(reason, note) for reason, note in zip(reasons, index.notes, strict=True))
     for name, reason in (("1.tar", "1.tar cannot be read"), ("[ab].*[cC]", "2 .heic")):
