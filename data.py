@@ -259,36 +259,29 @@ class Skipped:
     enough = 2000
 
     def __init__(self):
-        self.samples, self.named, self.reasons = 0, [], collections.Counter()
+        self.samples, self.skipped, self.named, self.said = 0, 0, [], False
 
     def __call__(self, batch):
-        before, skipped = self.samples, [text for text in batch if text]
-        self.samples += len(batch)
-        self.reasons.update(text.split(": ")[1] for text in skipped)
+        skipped = [text for text in batch if text]
         new = [text for text in dict.fromkeys(skipped) if text not in self.named][:3 - len(self.named)]
         self.named += new
-        return [f"skipped {text}" for text in new] + (self.share() if before < self.enough <= self.samples else [])
+        self.samples += len(batch)
+        self.skipped += len(skipped)
+        return [f"skipped {text}" for text in new] + (self.end() if self.samples >= self.enough else [])
 
     def end(self):
-        """At the end of a run: the share, if it has not been said."""
-        return self.share() if self.samples < self.enough else []
-
-    def share(self):
-        percent = 100 * self.reasons.total() / max(1, self.samples)
-        return [f"of the first {self.samples:,} samples {percent:.3g} % met a photo that cannot be used, most often: "
-                f"{reason}" for reason, _ in self.reasons.most_common(1)]
+        """At the end of a run: the share, if it has not been said and is not 0."""
+        if self.said or not self.skipped:
+            return []
+        self.said = True
+        percent = 100 * self.skipped / self.samples
+        return [f"of the first {self.samples:,} samples {percent:.3g} % met a photo that cannot be used"]
 
 
 @functools.lru_cache(3)        # cached crops of several sides are lists of at most three lengths
 def order(length, seed, epoch):
     """Permutation of 0..length-1: (length,) int64."""
     return torch.randperm(length, generator=torch.Generator().manual_seed((seed << 20) + epoch))
-
-
-def draw(n, length, seed):
-    """Draw number n from 0..length-1, by these three alone: every epoch has all of them, in a new order."""
-    epoch, i = divmod(n, length)
-    return int(order(length, seed, epoch)[i])
 
 
 class Samples(Sampler):
@@ -299,26 +292,30 @@ class Samples(Sampler):
     """
     def __init__(self, cfg, n_photos, samples):
         self.batch_size, self.sides, self.seed = cfg.batch_size, cfg.teacher_size, cfg.seed
-        self.n_photos, self.samples, n_slots = n_photos, samples, len(cfg.teacher_size)
-        if 0 < cfg.cache_crops <= (n_slots - 1) * cfg.batch_size:
-            raise DataError(f"cache_crops {cfg.cache_crops} are too few for {n_slots} sides in batches of "
-                            f"{cfg.batch_size}: need more than {(n_slots - 1) * cfg.batch_size} (--cache_crops)")
+        self.n_photos, self.samples, too_few = n_photos, samples, (len(self.sides) - 1) * cfg.batch_size
+        if 0 < cfg.cache_crops <= too_few:
+            raise DataError(f"--cache_crops {cfg.cache_crops} must be above {too_few}, for {len(self.sides)} sides in "
+                            f"batches of {cfg.batch_size}")
         crops = [self.crop(n) for n in range(cfg.cache_crops)]
-        self.slots = [[crop for crop in crops if crop[0] // cfg.batch_size % n_slots == k] for k in range(n_slots)]
+        self.cached = [[crop for crop in crops if crop[0] // cfg.batch_size % len(self.sides) == k]
+                       for k in range(len(self.sides))]
 
     def __len__(self):
         return len(self.samples)
 
-    def __iter__(self):
-        return map(self.cached if any(self.slots) else self.crop, self.samples)
+    def draw(self, n, length):
+        """Draw number n from 0..length-1: every epoch has all of them, in a new order."""
+        return int(order(length, self.seed, n // length)[n % length])
 
     def crop(self, n):
-        return n, draw(n, self.n_photos, self.seed), self.sides[n // self.batch_size % len(self.sides)]
+        return n, self.draw(n, self.n_photos), self.sides[n // self.batch_size % len(self.sides)]
 
-    def cached(self, n):
-        batch, i = divmod(n, self.batch_size)
-        turn, k = divmod(batch, len(self.slots))
-        return self.slots[k][draw(turn * self.batch_size + i, len(self.slots[k]), self.seed)]
+    def __iter__(self):
+        for n in self.samples:
+            batch, i = divmod(n, self.batch_size)
+            turn, k = divmod(batch, len(self.sides))
+            own = self.cached[k]
+            yield own[self.draw(turn * self.batch_size + i, len(own))] if own else self.crop(n)
 
 
 # What asks a run to stop, as far as the platform has it: batch systems, Ctrl-C, SLURM's --signal, a closed terminal
@@ -344,8 +341,7 @@ def check_workers(num_workers):
     """Raises DataError where a loader's workers would hang: they hand over tensors by a socket in TMPDIR."""
     length = len(os.fsencode(tempfile.gettempdir()))
     if num_workers and length + len("/pymp-01234567/listener-01234567") > 107:
-        raise DataError(f"TMPDIR ({length} characters) is longer than a socket's path may be: set TMPDIR to a shorter "
-                        "folder, or --num_workers 0")
+        raise DataError(f"TMPDIR ({length} characters) is too long for a socket: shorten it, or set --num_workers 0")
 
 
 def make_loaders(cfg, index, train_ids, val_ids, samples, accelerator):
@@ -358,8 +354,7 @@ def make_loaders(cfg, index, train_ids, val_ids, samples, accelerator):
     """
     world = accelerator.num_processes
     if cfg.batch_size % world:
-        raise DataError(f"batch_size {cfg.batch_size} cannot be divided by {world} processes (--batch_size, or "
-                        "--num_processes of accelerate launch)")
+        raise DataError(f"batch_size {cfg.batch_size} cannot be divided by {world} processes (--batch_size)")
     check_workers(cfg.num_workers)
     photos = Photos(index, train_ids, cfg.min_side, cfg.crop, cfg.crop_min, cfg.seed)
     held_out = Photos(index, val_ids, cfg.min_side, "center", kind="held-out", tries=len(val_ids))
@@ -367,9 +362,8 @@ def make_loaders(cfg, index, train_ids, val_ids, samples, accelerator):
     for side in sides:
         held_out[0, 0, side]                       # raises, if none of them can be used
     own = [(i, i, side) for side in sides for i in range(accelerator.process_index, len(val_ids), world)]
-    workers = {"num_workers": cfg.num_workers, "worker_init_fn": ignore_signals,
-               "pin_memory": torch.cuda.is_available(),
-               "generator": torch.Generator()}     # its own: no loader disturbs an exact resume
+    workers = {"num_workers": cfg.num_workers, "worker_init_fn": ignore_signals, "generator": torch.Generator(),
+               "pin_memory": torch.cuda.is_available()}      # a generator of its own: no loader disturbs a resume
     loader = DataLoader(photos, cfg.batch_size, sampler=Samples(cfg, len(photos), samples), **workers)
     return accelerator.prepare(loader), DataLoader(held_out, None, sampler=own, collate_fn=held_out_crop, **workers)
 
@@ -390,19 +384,13 @@ class Benchmark(Dataset):
 
     Subclasses give find() -> samples; read(sample) -> (PIL photo, maps); targets(maps, box, h, w) -> dict of tensors.
 
-    Args:
-        root: folder that holds `tree`.   split: "train" or "val".
-        size: short side of the targets, pixels.
-        patch_size: the image's sides are those of the targets, rounded to multiples of this (labels keep their size).
-        scale: the image has `scale` times the side (the teacher's input); the targets stay.
-        limit: if > 0, that many samples, evenly spaced over the split.
-
+    root: folder that holds `tree`.   split: "train" or "val".   size: short side of the targets, pixels.
+    patch_size: the image's sides are those of the targets, rounded to multiples of this (labels keep their size).
+    scale: the image has `scale` times the side (the teacher's input).   limit: if > 0, that many, evenly spaced.
     Item: dict of tensors, H x W the image's size, h x w the targets':
-        image: (3, H, W) uint8, RGB.
-        label: (h, w) uint8, class or IGNORE.                                          (ADE20K, Cityscapes)
-        depth: (1, h, w) float32, meters; valid: (1, h, w) bool.                       (NYU, NAVI)
-        normal: (3, h, w) float32, unit, x right, y down, z forward, away from the camera;
-        normal_valid: (1, h, w) bool.                                                  (NAVI)
+        image: (3, H, W) uint8, RGB.   label: (h, w) uint8, class or IGNORE            (ADE20K, Cityscapes)
+        depth: (1, h, w) float32, meters; valid: (1, h, w) bool                        (NYU, NAVI)
+        normal: (3, h, w) float32, unit, x right, y down, z forward; normal_valid: (1, h, w) bool        (NAVI)
     Raises: DataError for a missing root, folder or partner; when an item is read, for a file that cannot be used, or
         of another shape than the first one that was read: they fit into no batch.
     """
@@ -411,8 +399,8 @@ class Benchmark(Dataset):
     resample = Image.Resampling.BILINEAR
 
     def __init__(self, root, split, size, patch_size=1, scale=1, limit=0):
-        self.root, self.split, self.size = Path(root), split, size
-        self.patch_size, self.scale = patch_size, scale
+        self.root, self.split, self.shape = Path(root), split, None
+        self.size, self.patch_size, self.scale = size, patch_size, scale
         if not self.root.is_dir():
             raise DataError(f"no folder {str(root)!r}; set --data_dir to a folder with\n{self.tree}")
         samples = self.find()
@@ -420,7 +408,6 @@ class Benchmark(Dataset):
             raise DataError(f"no {split} samples below {self.root.resolve()}; expected\n{self.tree}")
         keep = min(limit, len(samples)) or len(samples)
         self.samples = [samples[i * len(samples) // keep] for i in range(keep)]
-        self.shape = None
 
     def __len__(self):
         return len(self.samples)
@@ -495,9 +482,8 @@ class ADE20K(Segmentation):
     class_of = np.array([IGNORE, *range(150)], np.uint8)
 
     def find(self):
-        folder = {"train": "training", "val": "validation"}[self.split]
-        return self.partners(image=self.files(f"images/{folder}", ".jpg"),
-                             label=self.files(f"annotations/{folder}", ".png"))
+        return self.partners(image=self.files(f"images/{self.split}*", ".jpg"),
+                             label=self.files(f"annotations/{self.split}*", ".png"))
 
 
 class Cityscapes(Segmentation):

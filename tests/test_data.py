@@ -153,7 +153,7 @@ def test_samples_cover_every_epoch_in_a_new_order_and_go_on_wherever_a_run_is_re
         drawn = [sample for n in range(4 * k, 72, 12) for sample in samples[n:n + 4]]
         passes = [drawn[n:n + len(own)] for n in range(0, 24, len(own))]
         assert all(sorted(one) == sorted(own) for one in passes) and passes[0] != passes[1]
-    with pytest.raises(data.DataError, match="cache_crops 8 .*more than 8 .--cache_crops"):
+    with pytest.raises(data.DataError, match="--cache_crops 8 must be above 8"):
         data.Samples(settings(teacher_size=[64, 96, 64], cache_crops=8), 9, range(4))
 
 
@@ -177,8 +177,7 @@ def test_three_skipped_photos_are_named_and_the_share_is_said_once():
     assert skipped(["", small.format(1, 7), small.format(1, 7), broken.format(2)]) == \
         [f"skipped {small.format(1, 7)}", f"skipped {broken.format(2)}"] and skipped([""] * 4) == []
     assert [skipped([small.format(3 + n, n)]) for n in range(2)] == [[f"skipped {small.format(3, 0)}"], []]
-    assert skipped([""] * 1990) == ["of the first 2,000 samples 0.25 % met a photo that cannot be used, most often: "
-                                    "the short side is below min_side 64"]
+    assert skipped([""] * 1990) == ["of the first 2,000 samples 0.25 % met a photo that cannot be used"]
     assert skipped([broken] * 2000) == skipped.end() == short.end() == short([""] * 5) == short.end() == []
     short([broken])
     assert "first 6 samples 16.7 %" in short.end()[0]
