@@ -65,10 +65,7 @@ def to_rgb(image):
 
 
 def to_8_bits(image):
-    """A whole gray photo of 16 or 32 bits as 8 bits; other photos as they are.
-
-    Raises: ValueError unless 0 is black and white is 65535 (16 bits), 255 or 65535 (32 bits), 1 or 255 (floats).
-    """
+    """A whole gray photo of 16 or 32 bits as 8 bits; other photos as they are.   Raises: ValueError for odd values."""
     tags = getattr(image, "tag_v2", {})                             # of a TIFF
     if image.mode == "L" and 2 in tags.get(339, ()):                # SampleFormat
         raise ValueError("the gray values are signed bytes")
@@ -373,7 +370,6 @@ class Benchmark(Dataset):
     """One split of a benchmark, cut and resized to the probe's size.
 
     Subclasses give find() -> samples; read(sample) -> (PIL photo, maps); targets(maps, box, h, w) -> dict of tensors.
-
     root: folder that holds `tree`.   split: "train" or "val".   size: short side of the targets, pixels.
     patch_size: the image's sides are those of the targets, rounded to multiples of this (labels keep their size).
     scale: the image has `scale` times the side (the teacher's input).   limit: if > 0, that many, evenly spaced.
@@ -381,8 +377,7 @@ class Benchmark(Dataset):
         image: (3, H, W) uint8, RGB.   label: (h, w) uint8, class or IGNORE            (ADE20K, Cityscapes)
         depth: (1, h, w) float32, meters; valid: (1, h, w) bool                        (NYU, NAVI)
         normal: (3, h, w) float32, unit, x right, y down, z forward; normal_valid: (1, h, w) bool        (NAVI)
-    Raises: DataError for a missing root, folder or partner; when an item is read, for a file that cannot be used, or
-        of another shape than the first one that was read: they fit into no batch.
+    Raises: DataError for missing folders and partners; later for a broken file or one of another aspect than the first.
     """
     tree = ""                           # the expected folders, shown in errors
     square = False                      # center square crop, or the whole frame
@@ -443,10 +438,8 @@ def read_map(path, image, modes):
 # 4. The benchmarks: segmentation (ADE20K, Cityscapes), depth and surface normals (NYU, NAVI)
 
 class Segmentation(Benchmark):
-    """What ADE20K and Cityscapes share: `class_of`, uint8, gives the class or IGNORE of every label on disk.
+    """`class_of`, uint8: class or IGNORE of every label on disk; image, label: where the files of a split {} are."""
 
-    image, label: patterns of the files of the split {} below root, or below a folder in root.
-    """
     def find(self):
         found = {}
         for kind, pattern in (("image", self.image.format(self.split)), ("label", self.label.format(self.split))):
@@ -468,9 +461,8 @@ class Segmentation(Benchmark):
 
 class ADE20K(Segmentation):
     """ADE20K (SceneParse150): 150 classes, label k on disk is class k - 1, label 0 is IGNORE."""
-    tree = """  ADEChallengeData2016/
-    images/{training,validation}/*.jpg
-    annotations/{training,validation}/*.png   (same names; 0 = ignore, 1..150)"""
+    tree = """  ADEChallengeData2016/images/{training,validation}/*.jpg
+  ADEChallengeData2016/annotations/{training,validation}/*.png   (same names; 0 = ignore, 1..150)"""
     square = True
     class_of = np.array([IGNORE, *range(150)], np.uint8)
     image, label = "images/{}*/*.jpg", "annotations/{}*/*.png"
@@ -487,12 +479,9 @@ class Cityscapes(Segmentation):
 
 class NYU(Benchmark):
     """NYU Depth v2 (795 / 654 images): tanganke/nyuv2's parquet files, copies of them, or the original .mat files."""
-    tree = """  data/train-*.parquet, data/val-*.parquet      (Hugging Face tanganke/nyuv2)
-or
-  nyu_depth_v2_labeled.mat, splits.mat          (the original release)"""
+    tree = "  data/{train,val}-*.parquet (Hugging Face tanganke/nyuv2), or nyu_depth_v2_labeled.mat and splits.mat"
 
     def find(self):
-        """Samples: numbers from 0, of images in the .mat or of rows of the parquet files."""
         self.mat = self.root / "nyu_depth_v2_labeled.mat"
         if self.mat.is_file():
             with reading(self.root / "splits.mat"):
@@ -500,7 +489,7 @@ or
                 numbers = loadmat(self.root / "splits.mat")[{"train": "trainNdxs", "val": "testNdxs"}[self.split]]
                 return [int(number) - 1 for number in np.ravel(numbers)]                # MATLAB counts from 1
         self.files = tuple(sorted(self.root.glob(f"data/{self.split}-*.parquet")))
-        return list(range(nyu_table(self.files).num_rows)) if self.files else []
+        return range(nyu_table(self.files).num_rows) if self.files else []
 
     def read(self, i):
         mat = self.mat.is_file()
@@ -543,13 +532,11 @@ def nyu_table(paths):
 class NAVI(Benchmark):
     """NAVI: depth and surface normals of single objects.
 
-    protocol: "paper": wild_set, 90/10 per object; "dataset": wild_set by its `split` field; "probe3d": train on
-    multiview*, test on wild_set.
+    protocol: "paper": wild_set, 90/10 per object; "dataset": by its `split` field; "probe3d": training on multiview*.
     unit: "metric": meters; "encoded": PNG code / 1000, the released probe's reading and so the paper's RMSE.
     """
-    tree = """  OBJECT/{wild_set,multiview*}/
-    images/*.jpg   depth/*.png (16-bit disparity)   masks/*.png   (same names)
-    annotations.json"""
+    tree = """  OBJECT/{wild_set,multiview*}/annotations.json
+  OBJECT/{wild_set,multiview*}/{images/*.jpg,depth/*.png,masks/*.png}    (same names; 16-bit disparity)"""
     square = True
     resample = Image.Resampling.BICUBIC
 
@@ -561,9 +548,10 @@ class NAVI(Benchmark):
         scenes = "multiview*" if self.protocol == "probe3d" and self.split == "train" else "wild_set"
         samples = self.partners(annotation=self.annotations(scenes), image=self.files(scenes, "images", "*.jpg"),
                                 depth=self.files(scenes, "depth", "*.png"), mask=self.files(scenes, "masks", "*.png"))
-        if self.protocol != "paper":
-            known = self.protocol == "dataset"
-            return [sample for sample in samples if not known or sample["annotation"]["split"] == self.split]
+        if self.protocol == "probe3d":
+            return samples
+        if self.protocol == "dataset":
+            return [sample for sample in samples if sample["annotation"]["split"] == self.split]
         rng, chosen = random.Random(42), []         # as the released code: per object, one generator for all
         for name in sorted({sample["depth"].parts[-4] for sample in samples}):
             group = [sample for sample in samples if sample["depth"].parts[-4] == name]
