@@ -56,14 +56,6 @@ def reading(name):
         raise DataError(f"{name} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def to_rgb(image):
-    """A PIL image of 8 bits or fewer -> RGB; transparency is laid on white."""
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")                       # convert would copy
-
-
 def to_8_bits(image):
     """A whole gray photo of 16 or 32 bits as 8 bits; other photos as they are.   Raises: ValueError for odd values."""
     tags = getattr(image, "tag_v2", {})                             # of a TIFF
@@ -80,20 +72,24 @@ def to_8_bits(image):
     raise ValueError(f"the gray values are {gray.min():.6g} to {gray.max():.6g}, allowed are 0 to {whites[-1]}")
 
 
-def upright(image):
-    """The image, turned in place as its EXIF orientation says; as stored, where its EXIF cannot be parsed."""
+def to_rgb(image, turn=True):
+    """A whole photo in RGB, upright as its EXIF says, unless that cannot be parsed; transparency is laid on white."""
     image.load()                                                    # a broken file must raise here, not below
-    with contextlib.suppress(Exception):
-        ImageOps.exif_transpose(image, in_place=True)
-    image.info.pop("exif", None)                                                        # nobody need parse it again
-    return image
+    if turn:
+        with contextlib.suppress(Exception):
+            ImageOps.exif_transpose(image, in_place=True)
+        image.info.pop("exif", None)                                # nobody need parse it again
+    image = to_8_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")   # convert would copy
 
 
 def open_photo(file, name=None, turn=True):
     """The whole photo, upright or as stored, as a PIL image in RGB.   Raises: DataError, which calls it `name`."""
     with reading(name or file), Image.open(file) as image:
-        image.load()                                                                    # before the file is closed
-        return to_rgb(to_8_bits(upright(image) if turn else image))
+        return to_rgb(image, turn)
 
 
 def read_crop(file, size, min_side=0, rng=None, crop_min=0.0):
@@ -112,13 +108,13 @@ def read_crop(file, size, min_side=0, rng=None, crop_min=0.0):
         side = rng.uniform(smallest, short) if rng else short                           # of the crop, in file pixels
         # A JPEG is decoded at 1/2, 1/4 or 1/8 if the crop still has `size` pixels then
         image.draft("RGB", [math.ceil(n * size / side) for n in image.size])
-        image = to_8_bits(upright(image))
+        image = to_rgb(image)
         width, height = image.size
         side = max(1, round(side * min(width, height) / short))                         # now in decoded pixels
         left = round((width - side) * (rng.random() if rng else 0.5))
         top = round((height - side) * (rng.random() if rng else 0.5))
-        crop = to_rgb(image.crop((left, top, left + side, top + side)))
-    crop = torch.from_numpy(np.array(crop)).permute(2, 0, 1)[None]                      # (1, 3, side, side) uint8
+        crop = np.array(image.crop((left, top, left + side, top + side)))
+    crop = torch.from_numpy(crop).permute(2, 0, 1)[None]                                # (1, 3, side, side) uint8
     crop = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]    # 3x as fast as Pillow
     return crop.flip(2) if rng and rng.random() < 0.5 else crop
 

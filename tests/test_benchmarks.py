@@ -171,8 +171,8 @@ def test_patch_size_rounds_the_image_and_not_the_labels_and_limit_keeps_evenly_s
 
 @pytest.mark.parametrize("reader", [data.ADE20K, data.Cityscapes, data.NYU, data.NAVI])
 def test_missing_or_empty_root_shows_the_expected_tree(reader, tmp_path):
-    for root, reason in ((tmp_path / "nothing", "no train samples.*nothing .--data_dir"), (tmp_path, "no train samples")):
-        with pytest.raises(data.DataError, match=reason) as error:
+    for root in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(data.DataError, match=f"no train samples below {root} .--data_dir") as error:
             reader(root, "train", 32)
         assert reader.tree in str(error.value)
 

@@ -97,7 +97,7 @@ def test_random_crops_cover_crop_min_to_all_of_the_short_side_and_half_are_flipp
 
 def test_large_jpeg_is_decoded_at_a_reduced_scale_and_gives_the_same_picture(monkeypatch):
     picture, decoded = Image.fromarray(photo(np.random.default_rng(0), 900, 1200)), []
-    monkeypatch.setattr(data, "to_rgb", lambda crop, real=data.to_rgb: decoded.append(crop.width) or real(crop))
+    monkeypatch.setattr(data, "to_rgb", lambda image, real=data.to_rgb: decoded.append(image.width) or real(image))
     fast = data.read_crop(saved(picture, "JPEG", quality=95), 100, 0, random.Random(3), 0.5).float()
     slow = data.read_crop(saved(picture, "PNG"), 100, 0, random.Random(3), 0.5).float()
     assert 100 <= decoded[0] < decoded[1] / 3.5 and (fast - slow).abs().mean() < 3
