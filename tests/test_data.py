@@ -1,16 +1,22 @@
 """Training photos: reading, cropping, sampling, tar shards."""
 
 import io
+import multiprocessing
 import os
 import random
 import re
+import subprocess
+import sys
 import tarfile
+from functools import partial
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import photo
+from accelerate.data_loader import prepare_data_loader
+from conftest import ROOT, photo
 from PIL import Image, ImageOps
 
 import data
@@ -27,13 +33,6 @@ def saved(image, format, **options):
     image.save(file, format, **options)
     file.seek(0)
     return file
-
-
-def test_central_crop_is_the_middle_square():
-    crop = data.read_crop(saved(gradient(400, 200), "PNG"), 100)
-    assert crop.shape == (3, 100, 100) and crop.dtype == torch.uint8
-    assert crop[0, 50, [0, -1]].tolist() == pytest.approx([255 * 100 / 400, 255 * 300 / 400], abs=2)
-    assert crop[1, [0, -1], 50].tolist() == pytest.approx([0, 255], abs=2)
 
 
 @pytest.mark.parametrize("format", ["JPEG", "TIFF", "PNG", "WEBP"])
@@ -57,16 +56,32 @@ def test_exif_that_cannot_be_parsed_does_not_lose_the_picture(format):
     assert np.array_equal(ImageOps.exif_transpose(data.open_photo(file).copy()), data.open_photo(good))
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "YCbCr", "1", "I;16", "I", "F"])
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "YCbCr", "1"])
 def test_any_color_mode_becomes_rgb_and_transparency_white(mode):
-    gray = gradient(80, 80).convert("L")
-    image = Image.fromarray(np.array(gray).astype(np.uint16) << 8) if mode in ("I;16", "I") else gradient(80, 80)
-    crop = data.read_crop(saved(image if mode == "I;16" else image.convert(mode), "TIFF"), 80)
+    crop = data.read_crop(saved(gradient(80, 80).convert(mode), "TIFF"), 80)
     assert crop.shape == (3, 80, 80) and crop.dtype == torch.uint8
-    if mode in ("L", "I;16", "I", "F"):
-        assert np.abs(crop[0].numpy() - np.array(gray, float)).max() <= 1
     if mode in ("LA", "RGBA"):
         assert data.read_crop(saved(Image.new(mode, (50, 50)), "PNG"), 20).unique().tolist() == [255]
+
+
+@pytest.mark.parametrize("dtype, low, high, tags, seen", [
+    (np.uint16, 0, 65535, {}, (0, 255)), (np.uint16, 0, 255, {}, (0, 1)), (np.int32, 0, 65535, {}, (0, 255)),
+    (np.int32, 0, 255, {}, (0, 255)), (np.float32, 0, 1, {}, (0, 255)), (np.float32, 0, 255, {}, (0, 255)),
+    (np.uint16, 65535, 0, {262: 0}, None), (np.int32, -1, 255, {}, None), (np.int32, 0, 65536, {}, None),
+    (np.float32, 0, 256, {}, None), (np.float32, 0, np.nan, {}, None), (np.uint8, 0, 255, {339: 2}, None)])
+def test_gray_photos_look_as_in_a_viewer_or_are_refused(dtype, low, high, tags, seen):
+    """From low to high on the left, where no central crop is, and half of high on the right; TIFF tag 262: inverted."""
+    gray = np.full((40, 120), (low + high) / 2)
+    gray[:, :20] = np.linspace(low, high, 20)
+    file = saved(Image.fromarray(gray.astype(dtype)), "TIFF", tiffinfo=tags)
+    if seen:
+        middle = sum(seen) / 2
+        assert np.array(data.open_photo(file))[0, [0, 19, 50], 1].tolist() == pytest.approx([*seen, middle], abs=1)
+        assert data.read_crop(file, 40).unique().tolist() == pytest.approx([middle], abs=1)
+    else:
+        for read in (partial(data.open_photo, name="the file"), partial(data.read_crop, size=40)):
+            with pytest.raises(data.DataError, match="^the file cannot be read: .* gray values"):
+                read(file)
 
 
 @pytest.mark.parametrize("size, crop_min, smallest", [(64, 0.5, 150), (250, 0.5, 150), (250, 0, 250), (500, 0, 300)])
@@ -82,60 +97,124 @@ def test_random_crops_cover_crop_min_to_all_of_the_short_side_and_half_are_flipp
 
 def test_large_jpeg_is_decoded_at_a_reduced_scale_and_gives_the_same_picture(monkeypatch):
     picture, decoded = Image.fromarray(photo(np.random.default_rng(0), 900, 1200)), []
-    monkeypatch.setattr(data, "to_rgb", lambda crop, real=data.to_rgb: decoded.append(crop.width) or real(crop))
+    monkeypatch.setattr(data, "to_rgb", lambda image, real=data.to_rgb: decoded.append(image.width) or real(image))
     fast = data.read_crop(saved(picture, "JPEG", quality=95), 100, 0, random.Random(3), 0.5).float()
     slow = data.read_crop(saved(picture, "PNG"), 100, 0, random.Random(3), 0.5).float()
     assert 100 <= decoded[0] < decoded[1] / 3.5 and (fast - slow).abs().mean() < 3
 
 
-def test_folders_are_searched_recursively_whatever_the_case_of_the_suffix(tmp_path):
-    (tmp_path / "a" / "b").mkdir(parents=True)
-    with pytest.raises(data.DataError, match="no .jpg .*set --data_dir"):
-        data.PhotoIndex(tmp_path)
-    with pytest.raises(data.DataError, match="no such file or folder.*nothing; set --image"):
-        data.PhotoIndex(tmp_path / "nothing", flag="--image")
-    for name in ("a/b/one.JPG", "two.webp", "a/three.Tiff", "a/notes.txt"):
-        (tmp_path / name).touch()
-    index = data.PhotoIndex(tmp_path)
-    assert [os.path.basename(index.name(i)) for i in range(len(index))] == ["one.JPG", "three.Tiff", "two.webp"]
-
-
 def test_split_is_fixed_disjoint_and_complete():
     train, val = data.split(10, 0.2)
-    assert val.tolist() == [1, 4] and sorted([*train, *val]) == list(range(10)) and len(data.split(3, 0.01)[1]) == 1
-    assert len(data.split(10**6, 0.01)[1]) == 256
+    assert val.tolist() == [1, 4] and sorted([*train, *val]) == list(range(10))
+    assert [len(data.split(n, 0.01)[1]) for n in (3, 10**6)] == [1, 256]
     for n, share in [(1, 0.1), (10, 0.0), (10, 1.0)]:
         with pytest.raises(data.DataError, match="val_share"):
             data.split(n, share)
 
 
-def test_draws_cover_every_epoch_in_a_new_order_and_go_on_wherever_a_run_is_resumed():
-    samples = list(data.Draws(9, 0, 36, seed=7))
-    assert [n for n, _ in samples] == list(range(36)) and len(data.Draws(9, 3, 36, seed=7)) == 33
-    orders = [tuple(position for _, position in samples[start:start + 9]) for start in (0, 9, 18, 27)]
-    assert all(sorted(order) == list(range(9)) for order in orders) and len(set(orders)) == 4
-    assert list(data.Draws(9, 0, 36, seed=8)) != samples
-    for start in (0, 3, 9, 35):
-        assert list(data.Draws(9, start, 36, seed=7)) == samples[start:]
+def settings(**changes):
+    """What make_loaders wants to know of a run."""
+    return SimpleNamespace(**{"batch_size": 4, "teacher_size": [64], "min_side": 0, "crop": "random", "crop_min": 0.0,
+                              "cache_crops": 0, "num_workers": 0, "seed": 7, **changes})
 
 
-def test_photo_that_cannot_be_used_is_named_once_another_takes_its_place_and_twenty_in_a_row_end_the_run(photos):
+def test_samples_cover_every_epoch_in_a_new_order_and_go_on_wherever_a_run_is_resumed():
+    """Batch b has side b % 3; of 14 cached crops 0 to 3, 12 and 13 are for the first, 4 to 7 for the second."""
+    several = settings(teacher_size=[64, 96, 64])
+    for cfg in (settings(), several, settings(teacher_size=[64, 96, 64], cache_crops=14)):
+        samples = list(data.Samples(cfg, 9, range(72)))
+        assert all(list(data.Samples(cfg, 9, range(n, 72))) == samples[n:] for n in (4, 12, 36, 68))
+        assert [side for *_, side in samples[::4]] == (cfg.teacher_size * 18)[:18]
+        if not cfg.cache_crops:
+            orders = [tuple(position for _, position, _ in samples[start:start + 9]) for start in range(0, 72, 9)]
+            assert all(sorted(order) == list(range(9)) for order in orders) and len(set(orders)) == 8
+    crops = list(data.Samples(several, 9, range(14)))
+    for k, own in enumerate(([*crops[:4], *crops[12:]], crops[4:8], crops[8:12])):
+        drawn = [sample for n in range(4 * k, 72, 12) for sample in samples[n:n + 4]]
+        passes = [drawn[n:n + len(own)] for n in range(0, 24, len(own))]
+        assert all(sorted(one) == sorted(own) for one in passes) and passes[0] != passes[1]
+    with pytest.raises(data.DataError, match="--cache_crops 8 must be above 8"):
+        data.Samples(settings(teacher_size=[64, 96, 64], cache_crops=8), 9, range(4))
+
+
+def test_photo_that_cannot_be_used_is_named_another_takes_its_place_and_twenty_in_a_row_end_the_run(photos):
     Image.new("RGB", (100, 60)).save(photos / "3.jpg")
     (photos / "7.jpg").write_bytes((photos / "7.jpg").read_bytes()[:900])
-    dataset = data.Photos(data.PhotoIndex(photos), range(8), 64, min_side=64, crop="center")
-    with pytest.warns(UserWarning) as told:
-        crops = [dataset[n, position][1] for n, position in enumerate((3, 7, 3, 7, 3, 7, 3, 7))]
-    assert len(told) == 2 and "3.jpg: the short side is 60" in str(told[0].message) and "7.jpg" in str(told[1].message)
+    dataset = data.Photos(data.PhotoIndex(photos), range(8), crop="center")
+    items = [dataset[n, 3 + 4 * (n % 2), 64] for n in range(40)]
     good = [data.read_crop(photos / f"{i}.jpg", 64) for i in (0, 1, 2, 4, 5, 6)]
-    places = [[torch.equal(crop, other) for other in good].index(True) for crop in crops]
-    assert len(set(places)) > 2 and all(torch.equal(dataset[n, 3][1], crops[n]) for n in (0, 2, 4, 6))
-    with pytest.warns(UserWarning), pytest.raises(data.DataError, match="^20 photos .*3.jpg: .*--data_dir, --min_side"):
-        data.Photos(data.PhotoIndex(photos), [3] * 400 + [4], 64, min_side=64)[0, 1]
+    assert len({[torch.equal(crop, other) for other in good].index(True) for _, crop, _ in items}) > 2
+    assert {skipped for *_, skipped in items[::2]} == {f"{photos}/3.jpg: the short side is below min_side 64: 60 px"}
+    assert items[1][2].startswith(f"{photos}/7.jpg: the file cannot be read: ") and dataset[40, 2, 64][2] == ""
+    assert dataset[3, 3, 60][2] == ""                                                    # min_side 0: the crop's side
+    with pytest.raises(data.DataError, match="^20 training photos .*3.jpg: .*--data_dir, --min_side"):
+        data.Photos(data.PhotoIndex(photos), [3] * 400 + [4])[0, 1, 64]
 
 
-def test_a_batch_that_the_processes_cannot_divide_is_one_sentence():
-    with pytest.raises(data.DataError, match="batch_size 3 .* 2 processes"):
-        data.make_loaders(Mock(batch_size=3), None, [], [], None, Mock(num_processes=2))
+def test_three_skipped_photos_are_named_and_the_share_is_said_once():
+    small, broken = "{}.jpg: the short side is below min_side 64: {} px", "{}.jpg: the file cannot be read: Error: cut"
+    skipped, short = data.Skipped(), data.Skipped()
+    assert skipped(["", small.format(1, 7), small.format(1, 7), broken.format(2)]) == \
+        [f"skipped {small.format(1, 7)}", f"skipped {broken.format(2)}"] and skipped([""] * 4) == []
+    assert [skipped([small.format(3 + n, n)]) for n in range(2)] == [[f"skipped {small.format(3, 0)}"], []]
+    assert skipped([""] * 1990) == ["of the first 2,000 samples 0.25 % met a photo that cannot be used"]
+    assert skipped([broken] * 2000) == skipped.end() == short.end() == short([""] * 5) == short.end() == []
+    short([broken])
+    assert "first 6 samples 16.7 %" in short.end()[0]
+
+
+def loaders(photos, world=1, process=0, **changes):
+    """make_loaders for samples 4 to 15 of eight photos, of which 0, 4 and 7 are held out."""
+    prepare = partial(prepare_data_loader, num_processes=world, process_index=process, split_batches=True)
+    accelerator = Mock(num_processes=world, process_index=process, prepare=prepare)
+    ids = data.split(8, 0.4)
+    return data.make_loaders(settings(**changes), data.PhotoIndex(photos), *ids, range(4, 16), accelerator)
+
+
+@pytest.mark.parametrize("cache_crops", [0, 9])
+def test_loaders_give_each_process_its_part_and_workers_outlive_signals(cache_crops, photos, fresh_accelerate):
+    for name in ("2", "4", "5", "6"):
+        Image.new("RGB", (80, 80)).save(photos / f"{name}.jpg")
+    changes = {"teacher_size": [64, 96, 64], "cache_crops": cache_crops}
+    train, held_out = loaders(photos, num_workers=1, **changes)
+    whole, parts = [], [list(loaders(photos, 2, k, **changes)[0]) for k in (0, 1)]
+    for batch in train:
+        for worker in multiprocessing.active_children():
+            for number in data.STOP_SIGNALS:
+                os.kill(worker.pid, number)
+        whole.append(batch)
+    assert [crops.shape for _, crops, _ in whole] == [(4, 3, 96, 96), (4, 3, 64, 64), (4, 3, 64, 64)]
+    for batch, one, two in zip(whole, *parts, strict=True):
+        assert all(torch.equal(batch[i], torch.cat([one[i], two[i]])) for i in (0, 1))
+        assert list(batch[2]) == [*one[2], *two[2]] and len(one[2]) == 2
+    assert any("the short side is below min_side 96: 80" in skipped for skipped in whole[0][2])
+    assert [crop if crop is None else crop.shape[2] for crop in held_out] == [64, 64, 64, 96, None, 96]
+    assert torch.equal(list(held_out)[5][0], data.read_crop(photos / "7.jpg", 96))
+    shares = [list(loaders(photos, 2, k, **changes)[1]) for k in (0, 1)]
+    assert [len(share) for share in shares] == [4, 2] and shares[1][1] is None
+
+
+def test_an_error_in_a_worker_ends_the_program(photos):
+    """It holds the loader, and so its workers, to the very end."""
+    code = """if True:
+        import data, sys
+        photos = data.Photos(data.PhotoIndex(sys.argv[1]), range(8), min_side=999)
+        list(data.DataLoader(photos, sampler=[(0, 0, 64)] * 9, num_workers=1, worker_init_fn=data.ignore_signals))"""
+    done = subprocess.run([sys.executable, "-c", code, photos], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and re.search("DataError: 8 training photos .*--min_side.$", done.stderr)
+
+
+def test_what_hinders_the_loaders_is_one_sentence(photos, monkeypatch, fresh_accelerate):
+    with pytest.raises(data.DataError, match="batch_size 4 .* 3 processes"):
+        loaders(photos, 3)
+    with pytest.raises(data.DataError, match="^3 held-out photos .*first .*/0.jpg: .*150 px .--data_dir, --min"):
+        loaders(photos, min_side=999)
+    monkeypatch.setattr("tempfile.tempdir", "/" + "x" * 74)                              # the longest possible
+    loaders(photos, num_workers=1)
+    monkeypatch.setattr("tempfile.tempdir", "/" + "x" * 75)
+    loaders(photos)
+    with pytest.raises(data.DataError, match="TMPDIR .76 characters.*--num_workers 0"):
+        loaders(photos, num_workers=1)
 
 
 def write_tar(path, *members):
@@ -145,9 +224,12 @@ def write_tar(path, *members):
             tar.addfile(member) if isinstance(member, tarfile.TarInfo) else tar.add(member, member.name)
 
 
-def test_tar_shards_are_read_in_place(photos):
+def test_tar_shards_are_read_in_place(photos, monkeypatch):
     """With .json beside the photos, as img2dataset and SA-1B write them."""
     (photos / "2.json").touch()
+    monkeypatch.setattr("multiprocessing.Pool", pool := Mock(side_effect=multiprocessing.Pool))
+    monkeypatch.setattr("data.usable_cores", lambda: 9)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     write_tar(photos / "0.tar", photos / "1.jpg", photos / "2.jpg", photos / "2.json")
     write_tar(photos / "1.TAR", photos / "3.jpg", photos / "4.jpg")
     for place, expected in ((photos, [*range(8), 1, 2, 3, 4]), (photos / "[01].[tT]*", [1, 2, 3, 4])):
@@ -155,10 +237,13 @@ def test_tar_shards_are_read_in_place(photos):
         for i, number in enumerate(expected):
             assert np.array_equal(Image.open(index.open(i)), Image.open(photos / f"{number}.jpg"))
     assert index.name(3).startswith(f"{photos}/1.TAR at byte ") and index.notes == []
+    assert [call.args for call in pool.call_args_list] == [(1,), (1,)]                   # this process's share of cores
 
 
-def test_what_a_tar_or_a_folder_holds_and_is_no_photo_is_noted(photos, capfd):
-    for name in ("a.png", "pca.png", "cat.pca.png", "out.png", "out.jsonl", "out.navi.png", "out.nyu.size.png"):
+def test_what_a_tar_or_a_folder_holds_and_is_no_photo_is_noted(photos, capfd, monkeypatch):
+    (photos / "deep" / "er").mkdir(parents=True)
+    for name in ("a.png", "pca.png", "cat.pca.png", "out.png", "out.jsonl", "out.navi.png", "out.nyu.size.png",
+                 "a.HEIC", "b.heic", "d41d8cd98", "deep/er/b.Tiff", "deep/c.WEBP"):
         (photos / name).touch()
     sparse, link = tarfile.TarInfo("scan.jpg"), tarfile.TarInfo("same.jpg")
     sparse.type, link.type, link.linkname = tarfile.GNUTYPE_SPARSE, tarfile.LNKTYPE, "5.jpg"
@@ -168,13 +253,19 @@ def test_what_a_tar_or_a_folder_holds_and_is_no_photo_is_noted(photos, capfd):
     (photos / "2.tar").write_bytes(content[:5000])                                       # a download that broke off
     (photos / "3.tar").write_bytes(content.replace(b"6.jpg", b"6.png"))                  # a damaged header
     for place in (photos, photos / "*"):
+        monkeypatch.setattr("os.path.exists", asked := Mock(side_effect=os.path.lexists))
         index = data.PhotoIndex(place)
-        assert [os.path.basename(path) for path in index.files] == [*(f"{i}.jpg" for i in range(8)), "a.png", "pca.png"]
-        assert [Image.open(index.open(i)).size for i in (10, 11)] == [(180, 150)] * 2 and len(index) == 12
-        reasons = "4 pictures", "0.tar: 2 links", "1.tar .*ReadError", "2.tar .*unexpected end", "3.tar .*damaged"
+        assert asked.call_count == 1                                                     # not for each file
+        names = [*(f"{i}.jpg" for i in range(8)), "a.png", "c.WEBP", "b.Tiff", "pca.png"]
+        assert sorted(os.path.basename(path) for path in index.files) == sorted(names)
+        assert [Image.open(index.open(i)).size for i in (12, 13)] == [(180, 150)] * 2 and len(index) == 14
+        reasons = ("8 files .*: 4 .png, 2 .heic, 1 without one, 1 .jsonl$", "0.tar: 2 links", "1.tar .*ReadError",
+                   "2.tar .*unexpected end", "3.tar .*damaged")
         assert all(re.search(reason, note) for reason, note in zip(reasons, index.notes, strict=True))
-    with pytest.raises(data.DataError, match="no .jpg .*1.tar cannot be read.*--data_dir"):
-        data.PhotoIndex(photos / "1.tar")
+    for name, reason in (("1.tar", "no .jpg .*1.tar cannot be read"), ("[ab].*[cC]", "no .jpg .*2 .heic"),
+                         ("nothing", "no such file or folder.*nothing")):
+        with pytest.raises(data.DataError, match=f"{reason}.*set --image"):
+            data.PhotoIndex(photos / name, flag="--image")
     assert capfd.readouterr() == ("", "")                                                # every process has an index
 
 
