@@ -18,9 +18,8 @@ Glossary (paper -> here)
     Eq. 1       l1_loss        Eq. 2  edge_loss        Eq. 4  spectral_loss        Eq. 5  brixel_loss
     h, w        token grid of the student's image; N tokens, C or D = embed_dim
 
-Sections 1 to 5 are the method, in the paper's order; 6 and 7 are files and settings.  "Not in the paper" marks parts of
-network and loss that the paper lacks; preset `best` of config.yaml has them and other changes to the recipe.  "The
-released code" is github.com/alexanderlappe/BRIXEL, by file and line of f19a3c7.
+Sections 1 to 5 are the method, in the paper's order; 6 and 7 are files and settings.  "Not in the paper" marks what
+preset `best` of config.yaml adds.  "The released code" is github.com/alexanderlappe/BRIXEL, file:line of f19a3c7.
 """
 
 import argparse
@@ -35,7 +34,6 @@ import shlex
 import signal
 import sys
 import time
-import traceback
 import zlib
 from pathlib import Path
 
@@ -258,7 +256,6 @@ def load_backbone(name, weights="pretrained"):
 # convolutions (nn.Linear) need no copy; nchw() shows other convolutions the same memory.  Images,
 # and maps that come from or go to the user, are (B, C, H, W).
 
-
 def nchw(x):
     """(B, H, W, C) -> (B, C, H, W), the same memory."""
     return x.permute(0, 3, 1, 2)
@@ -412,7 +409,6 @@ class Adapter(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. Convolutional head, and the whole model (Fig. 2, right; Sec. 2.1)
 
-
 class ResidualBlock(nn.Module):
     """x + [LayerNorm, depth-wise 3x3, GELU, 1x1, GELU, 1x1](x)."""
     def __init__(self, width):
@@ -534,7 +530,6 @@ class Brixel(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. Losses (Sec. 2.2): L = L1 + lambda_edge * L_edge + lambda_spectral * L_spectral
 
-
 def l1_loss(student, teacher):
     """Mean absolute difference, Eq. 1.   student, teacher: (B, C, H, W) -> scalar, float32."""
     return F.l1_loss(student.float(), teacher.float())
@@ -644,7 +639,6 @@ def brixel_loss(student, teacher, lambda_edge=1.0, lambda_spectral=0.1, lambda_c
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. Training (Sec. 3): self-distillation, no labels; errors and a picture on held-out photos
-
 
 @torch.no_grad()
 def frozen_pass(image, backbone, scale, accelerator):
@@ -817,11 +811,9 @@ def train(cfg):
                       f"{cfg.warmup_epochs * steps_per_epoch:.0f} of {cfg.max_steps} steps of warm-up, "
                       f"{sum(p.numel() for p in upsampler.parameters()):,} parameters, {accelerator.device}", sep="\n")
 
-    maps_of, recent, batches, bad, stop, clock = {}, [], 0, 0, False, time.time()
-    skipped_photos = data.Skipped()
+    maps_of, recent, skipped_photos, batches, bad, stop, clock = {}, [], data.Skipped(), 0, 0, False, time.time()
     progress = tqdm(initial=step, total=cfg.max_steps, unit="step")
-    launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE"} & set(os.environ)     # of torchrun, of accelerate
-    launcher = os.getppid() if launched else None
+    launcher = os.getppid() if {"TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE"} & set(os.environ) else None
     with stop_requests(data.STOP_SIGNALS) as asked:
         for n, (numbers, image, skipped) in enumerate(loader, step * cfg.grad_accum):
             # by the number of the batch alone: a resumed run has the same stochastic depth
@@ -850,10 +842,8 @@ def train(cfg):
             if bad:
                 del recent[-cfg.grad_accum:]
             if bad == 10:
-                raise BrixelError(f"the loss ({loss.item():.3g}) or a gradient of ten steps, to step {step}, is not "
-                                  "finite: go on from the last checkpoint with --resume and a lower --lr, or "
-                                  "--mixed_precision no")
-
+                raise BrixelError(f"loss or gradients of the last ten steps, to {step}, are not finite: go on from "
+                                  "the last checkpoint with --resume and a lower --lr, or --mixed_precision no")
             if step == first + 1:
                 began = time.time()                # the first step also waits for the loader's first batch
             if step == first + 10 and accelerator.device.type == "cuda":
@@ -885,8 +875,8 @@ def train(cfg):
             stop = finish(cfg, model, val_loader, accelerator, asked, len(val_ids))
     accelerator.end_training()
     if stop:
-        said = f"\nstopped by a signal after step {step}; to go on, add --resume"
-        sys.exit(said if accelerator.is_main_process else 1)
+        accelerator.print(f"\nstopped by a signal after step {step}; to go on, add --resume")
+        sys.exit(1)
 
 
 @torch.no_grad()
@@ -942,7 +932,7 @@ def finish(cfg, model, val_loader, accelerator, asked, n_val):
         with only_warn(f"no picture {out.with_suffix('.png')}"):
             write_panel(out.with_suffix(".png"), ("photo", "ViT", "bilinear", "BRIXEL", "teacher"), rows)
         photos = [value for key, value in means.items() if key.startswith("photos")]      # of each size
-        few = " (the others are too small or broken: --min_side, --data_dir)" if min(photos) < n_val / 2 else ""
+        few = " (too small or broken are the others: --min_side, --data_dir)" if min(photos) < n_val / 2 else ""
         print(f"on {', '.join(map(str, photos))} of {n_val} held-out photos{few}:")
         print(*(f"{name:24} {value:.5g}" for name, value in means.items()), sep="\n")
         print(f"wrote {out}, {out.with_suffix('.png')}, {out.with_suffix('.jsonl')}; next: python probe.py --task pca "
@@ -952,7 +942,6 @@ def finish(cfg, model, val_loader, accelerator, asked, n_val):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. Files: weights, the released checkpoints, pictures, and what a run writes
-
 
 def load(path, backbone=None, weights=None, drop_path=0.3):
     """Rebuild a model from a checkpoint of this file or of the authors.   Returns: Brixel in eval mode, on the CPU.
@@ -1162,7 +1151,6 @@ def load_checkpoint(accelerator, cfg, model, optimizers, settings):
 # ----------------------------------------------------------------------------------------------------------------------
 # 7. Settings and command lines
 
-
 def within(low, high, whole=True):
     """A type of settings: numbers from `low` to `high`; whole ones are also written 4e2 or 400.0."""
     def number(text):
@@ -1204,10 +1192,10 @@ def load_config(argv, flag, default, description, kinds=None, choices=None, path
         yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # merge keys, `<<: *name`
 
         def construct_mapping(self, node, deep=False):
-            keys = [key.value for key, _ in node.value]
-            for i, (key, _) in enumerate(node.value):
-                if key.value in keys[:i]:
-                    raise BrixelError(f"line {key.start_mark.line + 1}: {key.value} stands here for the second time")
+            lines = {}
+            for key, _ in node.value:
+                if lines.setdefault(key.value, key.start_mark.line + 1) != key.start_mark.line + 1:
+                    raise BrixelError(f"line {key.start_mark.line + 1}: {key.value} is there twice")
             return super().construct_mapping(node, deep)
 
     path = path or Path(__file__).with_name("config.yaml")
@@ -1229,20 +1217,19 @@ def load_config(argv, flag, default, description, kinds=None, choices=None, path
     values = [f"--{flag}={name}"]                  # of the section, as flags: one parser looks at all values
     defaults = sections[names[0]] if flag == "preset" else {}
     for key, value in (defaults | sections[name]).items():
+        words = value if isinstance(value, list) else [value]
         kind = kind_of.get(key) or kind_of.get(f"{key}+")
         if kind is None:
             raise BrixelError(f"{path.name}: {name}: there is no setting {key}")
-        words = value if isinstance(value, list) else [value]
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
-            written = {"true": [f"--{key}"], "false": [f"--no-{key}"]}.get(value.lower(), [f"--{key}={value}"])
+            values.append({"true": f"--{key}", "false": f"--no-{key}"}.get(value, f"--{key}={value}"))
         else:
             several = isinstance(value, list) or key not in kind_of
             options = {"type": kind, "choices": (choices or CHOICES).get(key), "nargs": "+" if several else None}
-            written = [f"--{key}", *words] if several else [f"--{key}={value}"]
+            values += [f"--{key}", *words]
         spellings = dict.fromkeys([f"--{key}", f"--{key.replace('_', '-')}"])          # both, as accelerate does
         parser.add_argument(*spellings, help=f"{comments.get(key)} [{' '.join(words)}]".replace("%", "%%"), **options)
-        values += written
     with one_sentence(f"{path.name}: {name}"):
         cfg = parser.parse_args(values)
     return parser.parse_args(argv, cfg)
@@ -1264,11 +1251,11 @@ class Console:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
-# What libraries say of the limits of a place -> what helps
+# What torch and the system say of the limits of a place -> what helps
 REMEDIES = {
-    r"shared memory|Bus error|/torch_\d": "use --num_workers 0, or more shared memory (docker run --shm-size=8g)",
-    r"Too many open files|ancdata": "raise `ulimit -n`, or use fewer --num_workers",
-    r"worker .* is killed by signal: Killed|Cannot allocate memory": "use fewer --num_workers, or more memory",
+    "shared memory|Bus error|</torch_": " (use --num_workers 0, or more shared memory: docker run --shm-size=8g)",
+    "Too many open files|ancdata": " (raise `ulimit -n`, or use fewer --num_workers)",
+    "worker.* killed by signal|Cannot allocate memory": " (use fewer --num_workers, or more memory)",
 }
 
 
@@ -1284,17 +1271,15 @@ def command_line(program):
             yield
     except KeyboardInterrupt:        # within the training loop train() itself saves its state first
         sys.exit(f"{program}: stopped")
-    except BaseException as error:
-        traceback.clear_frames(error.__traceback__)               # ends loaders' workers, which ignore signals
+    except Exception as error:
         data_error = getattr(sys.modules.get("data"), "DataError", BrixelError)
         mistake = isinstance(error, BrixelError | data_error | OSError | MemoryError | torch.OutOfMemoryError)
-        remedies = [] if isinstance(error, BrixelError | data_error) else [
-            f": {remedy}" for pattern, remedy in REMEDIES.items() if re.search(pattern, str(error))]
-        if not (mistake or remedies) or os.environ.get("BRIXEL_DEBUG"):
+        remedy = next((remedy for pattern, remedy in REMEDIES.items() if re.search(pattern, str(error))), "")
+        if not (mistake or remedy) or os.environ.get("BRIXEL_DEBUG"):
             raise
         if int(os.environ.get("RANK", 0)):
             time.sleep(3)            # a mistake of all processes is told by the first; the launcher ends the others
-        sys.exit(f"{program}: error: {' '.join(str(error).split()) or 'out of memory'}{''.join(remedies)}")
+        sys.exit(f"{program}: error: {str(error) or 'out of memory'}{remedy}")
 
 
 def main(argv=None):

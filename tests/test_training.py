@@ -71,8 +71,8 @@ def test_every_key_is_a_flag_with_its_comment_as_help(capsys, monkeypatch):
 
 
 def test_paper_is_the_default_and_holds_the_paper_s_recipe():
-    recipe = {"backbone": "dinov3", "teacher_size": [1024], "scale": 4, "batch_size": 16, "max_steps": 40_000, "lr": 1e-3,
-              "warmup_lr": 1e-4, "warmup_epochs": 1, "lambda_edge": 1, "lambda_spectral": 0.1, "k": 8, "grad_accum": 1,
+    recipe = {"backbone": "dinov3", "teacher_size": [1024], "scale": 4, "batch_size": 16, "max_steps": 40_000,
+              "lr": 1e-3, "warmup_lr": 1e-4, "warmup_epochs": 1, "lambda_edge": 1, "lambda_spectral": 0.1, "k": 8, "grad_accum": 1,
               "optimizer": "adam", "full_rank": False, "lambda_cosine": 0, "lr_decay": 0, "mixed_precision": "bf16"}
     assert vars(settings()).items() >= recipe.items()
 
@@ -194,11 +194,11 @@ def test_another_scale_crop_and_precision_train(in_process, photos, tmp_path):
 def test_several_sizes_take_turns_and_a_stopped_run_goes_on_bit_for_bit(in_process, photos, tmp_path, monkeypatch):
     sides, real = [], brixel.frozen_pass
     monkeypatch.setattr(brixel, "frozen_pass", lambda image, *args: sides.append(image.shape[-1]) or real(image, *args))
-    flags = [*FAST, "--teacher_size", 64, 128, 64, "--max_steps", 6, "--eval_every", 6, "--data_dir", photos]
+    flags = [*FAST, "--teacher_size", 128, 192, 128, "--max_steps", 6, "--eval_every", 6, "--data_dir", photos]
     in_process(*flags, "--out", tmp_path / "whole.pt")
-    assert sides == [64, 128, 64, 64, 128, 64, 64, 128]           # six batches, one held-out photo at each size
+    assert sides == [128, 192, 128, 128, 192, 128, 128, 192]           # six batches, one held-out photo at each size
     last = json.loads((tmp_path / "whole.jsonl").read_text().splitlines()[-1])
-    assert {key for key in last if "photos" in key} == {"photos at 64", "photos at 128"} and "brixel l1 at 128" in last
+    assert {key for key in last if "photos" in key} == {"photos at 128", "photos at 192"} and "brixel l1 at 192" in last
     call_at(monkeypatch, "optimizer_step", 2, lambda: signal.raise_signal(signal.SIGUSR1))
     assert "after step 2" in error_of(in_process, *flags, "--out", tmp_path / "parts.pt")
     in_process(*flags, "--out", tmp_path / "parts.pt", "--resume")
@@ -290,7 +290,7 @@ def test_a_signal_saves_the_run_with_its_loaders_workers(in_process, photos, tmp
     torch.testing.assert_close(weights_of(whole), weights_of(parts), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("number, to", [(signal.SIGTERM, "process"), (signal.SIGINT, "every"), (signal.SIGUSR1, "process")])
+@pytest.mark.parametrize("number, to", [(signal.SIGINT, "every"), (signal.SIGUSR1, "process")])
 def test_a_signal_saves_the_run_of_two_processes_under_a_launcher_into_a_dead_pipe(photos, tmp_path, number, to):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     reader = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
@@ -318,20 +318,20 @@ def test_run_killed_at_a_random_moment_resumes_bit_for_bit(in_process, photos, t
 
 def test_untidy_photos_and_pictures_that_cannot_be_drawn_cost_no_result(photos, tmp_path):
     """Two thirds of the photos are too small, and a matplotlibrc asks for a LaTeX that is not there."""
-    for i in range(16):
+    for i in range(20):
         Image.new("RGB", (90, 90), (i, i, i)).save(photos / f"small{i}.jpg")
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
     (tmp_path / "out.png").mkdir()                                # where no picture can be written
-    command = [sys.executable, "brixel.py", *FAST, "--data_dir", photos, "--val_share", 0.4, "--out", tmp_path / "out.pt",
-               "--overwrite", "--num_workers", 2]
+    command = [sys.executable, "brixel.py", *FAST, "--data_dir", photos, "--val_share", 0.4, "--num_workers", 2,
+               "--out", tmp_path / "out.pt", "--overwrite"]
     done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "MATPLOTLIBRC": str(tmp_path), "PATH": "/usr/bin:/bin"})
     said, index = done.stdout + done.stderr, data.PhotoIndex(photos)
     usable = [i for i in data.split(len(index), 0.4)[1] if "small" not in index.name(i)]
     assert done.returncode == 0 and said.count("warning: ") == 1 and "out.png" in said, said
-    assert re.search(rf"on {len(usable)} of 10 held-out photos .*--min_side", said) and len(usable) < 5
+    assert re.search(rf"on {len(usable)} of 11 held-out photos .*--min_side", said) and len(usable) < 5
     assert brixel.load(tmp_path / "out.pt").settings["held_out"]["photos"] == len(usable)
-    assert said.count("skipped ") <= 3 and re.search(r"of the first 8 samples \d+ % met a photo .*min_side 128", said)
+    assert 1 <= said.count("skipped ") <= 3 and re.search(r"of the first 8 samples \d+.* % met a photo", said)
     (tmp_path / "out.png").rmdir()
     brixel.write_panel(tmp_path / "out.png", ["a"], [[np.zeros((9, 9, 3), np.uint8)]])
 
@@ -339,7 +339,8 @@ def test_untidy_photos_and_pictures_that_cannot_be_drawn_cost_no_result(photos, 
 def test_resume_refuses_another_run_and_names_every_other_change(in_process, photos, tmp_path, capsys):
     common = [*FAST, "--data_dir", photos, "--out", tmp_path / "out.pt"]
     in_process(*common, "--max_steps", 2)
-    for args, words in ((["--seed", 1], "seed was 42, is 1"), (["--backbone", "timm:test_vit2"], "checksum was"), (["--optimizer", "muon"], "'adam', is 'muon'"),
+    for args, words in ((["--seed", 1], "seed was 42, is 1"),
+                        (["--backbone", "timm:test_vit2"], "checksum was"), (["--optimizer", "muon"], "'adam', is 'muon'"),
                         (["--max_steps", 1], "--max_steps")):
         assert words in error_of(in_process, *common, "--resume", *args)
     in_process(*common, "--resume", "--lr", "0.5", "--max_steps", 3)
@@ -414,7 +415,7 @@ def test_two_processes_see_the_photos_and_gradients_of_one(in_process, photos, t
     torch.testing.assert_close(one, two, rtol=0, atol=1e-3 * one.norm().item())
 
 
-def test_steps_that_are_not_finite_are_left_out_and_ten_in_a_row_stop_the_run(in_process, photos, tmp_path, monkeypatch):
+def test_steps_that_are_not_finite_are_left_out_until_ten_in_a_row(in_process, photos, tmp_path, monkeypatch):
     real, calls = brixel.l1_loss, itertools.count(1)
     monkeypatch.setattr(brixel, "l1_loss", lambda *maps: real(*maps) * (math.nan if next(calls) in bad else 1))
     common, bad = [*FAST, "--data_dir", photos, "--save_every", 1, "--out", tmp_path / "a.pt"], {2}
