@@ -875,8 +875,8 @@ def train(cfg):
             stop = finish(cfg, model, val_loader, accelerator, asked, len(val_ids))
     accelerator.end_training()
     if stop:
-        accelerator.print(f"\nstopped by a signal after step {step}; to go on, add --resume")
-        sys.exit(1)
+        said = f"\nstopped by a signal after step {step}; to go on, add --resume"
+        sys.exit(said if accelerator.is_main_process else 1)
 
 
 @torch.no_grad()
@@ -1279,7 +1279,8 @@ def command_line(program):
             raise
         if int(os.environ.get("RANK", 0)):
             time.sleep(3)            # a mistake of all processes is told by the first; the launcher ends the others
-        sys.exit(f"{program}: error: {str(error) or 'out of memory'}{remedy}")
+        reason = str(error).strip().rpartition("\n")[2] if remedy else str(error)      # a worker's has a traceback
+        sys.exit(f"{program}: error: {reason or 'out of memory'}{remedy}")
 
 
 def main(argv=None):

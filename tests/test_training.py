@@ -72,7 +72,8 @@ def test_every_key_is_a_flag_with_its_comment_as_help(capsys, monkeypatch):
 
 def test_paper_is_the_default_and_holds_the_paper_s_recipe():
     recipe = {"backbone": "dinov3", "teacher_size": [1024], "scale": 4, "batch_size": 16, "max_steps": 40_000,
-              "lr": 1e-3, "warmup_lr": 1e-4, "warmup_epochs": 1, "lambda_edge": 1, "lambda_spectral": 0.1, "k": 8, "grad_accum": 1,
+              "lr": 1e-3, "warmup_lr": 1e-4, "warmup_epochs": 1, "lambda_edge": 1, "lambda_spectral": 0.1, "k": 8,
+              "grad_accum": 1,
               "optimizer": "adam", "full_rank": False, "lambda_cosine": 0, "lr_decay": 0, "mixed_precision": "bf16"}
     assert vars(settings()).items() >= recipe.items()
 
@@ -194,7 +195,7 @@ def test_another_scale_crop_and_precision_train(in_process, photos, tmp_path):
 def test_several_sizes_take_turns_and_a_stopped_run_goes_on_bit_for_bit(in_process, photos, tmp_path, monkeypatch):
     sides, real = [], brixel.frozen_pass
     monkeypatch.setattr(brixel, "frozen_pass", lambda image, *args: sides.append(image.shape[-1]) or real(image, *args))
-    flags = [*FAST, "--teacher_size", 128, 192, 128, "--max_steps", 6, "--eval_every", 6, "--data_dir", photos]
+    flags = [*FAST, "--data_dir", photos, "--min_side", 100, "--teacher_size", 128, 192, 128, "--max_steps", 6]
     in_process(*flags, "--out", tmp_path / "whole.pt")
     assert sides == [128, 192, 128, 128, 192, 128, 128, 192]           # six batches, one held-out photo at each size
     last = json.loads((tmp_path / "whole.jsonl").read_text().splitlines()[-1])
@@ -340,7 +341,8 @@ def test_resume_refuses_another_run_and_names_every_other_change(in_process, pho
     common = [*FAST, "--data_dir", photos, "--out", tmp_path / "out.pt"]
     in_process(*common, "--max_steps", 2)
     for args, words in ((["--seed", 1], "seed was 42, is 1"),
-                        (["--backbone", "timm:test_vit2"], "checksum was"), (["--optimizer", "muon"], "'adam', is 'muon'"),
+                        (["--backbone", "timm:test_vit2"], "checksum was"),
+                        (["--optimizer", "muon"], "'adam', is 'muon'"),
                         (["--max_steps", 1], "--max_steps")):
         assert words in error_of(in_process, *common, "--resume", *args)
     in_process(*common, "--resume", "--lr", "0.5", "--max_steps", 3)
