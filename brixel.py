@@ -695,7 +695,7 @@ def make_accelerator(cfg):
         if os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() in ("true", "1"):
             raise BrixelError(f"accelerate is configured for {plugin}, which a network this small does not need: "
                               "choose multi-GPU or no distributed training in `accelerate config`")
-    with one_sentence("Accelerate cannot start (--mixed_precision, --report_to)"):
+    with one_sentence("Accelerate cannot start"):
         accelerator = Accelerator(
             cpu=torch.backends.mps.is_available(),                # MPS has no float64, which the rings need
             mixed_precision=cfg.mixed_precision, dynamo_backend="no",          # compile_parts is what --compile does
@@ -703,7 +703,7 @@ def make_accelerator(cfg):
             log_with=None if cfg.report_to == "none" else cfg.report_to, project_dir=Path(cfg.out).absolute().parent,
             dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True))
         if cfg.report_to != "none" and not accelerator.log_with:
-            raise ValueError(f"{cfg.report_to} is not installed")
+            raise ValueError(f"{cfg.report_to} is not installed (--report_to)")
     if accelerator.device.type == "cpu" and accelerator.num_processes == 1 and torch.get_num_threads() == 1:
         torch.set_num_threads(usable_cores())                     # accelerate's launcher has set them to 1
     return accelerator
@@ -883,7 +883,7 @@ def train(cfg):
 def evaluate(model, val_loader, accelerator, asked=()):
     """Mean errors of bilinear upsampling and of BRIXEL over the held-out photos; pictures of the first four.
 
-    val_loader: this process's photos, one by one; None for one that cannot be used.   asked: of stop_requests.
+    val_loader: this process's photos, one by one; none where one cannot be used.   asked: of stop_requests.
     Returns: {"bilinear l1": float, ..., "brixel cosine": float, "photos": int}, of several sizes "... at SIDE", where
     cosine is 1 - cosine_loss; and rows of pictures for write_panel.  None, when a process was asked to stop.
     The edge term takes the paper's k and each photo's own components (in training: the batch's), so that runs compare.
@@ -892,10 +892,10 @@ def evaluate(model, val_loader, accelerator, asked=()):
 
     errors, rows = [], []                          # (side, a dict), and a row of pictures, for each photo
     model.eval()
-    for image in tqdm(val_loader, desc="evaluating", leave=False):
+    for _, image in tqdm(val_loader, desc="evaluating", leave=False):
         if asked:
             break
-        if image is None:
+        if not len(image):
             continue
         small, layers, teacher = frozen_pass(image, model.backbone, model.scale, accelerator)
         with accelerator.autocast():
@@ -1161,17 +1161,21 @@ def within(low, high, whole=True):
     return number
 
 
-# The settings of each type; +: one or more values.  What they mean stands in config.yaml
+# The settings of each type, of brixel.py and probe.py; +: one or more values.  What they mean stands in config.yaml
 KINDS = {
-    within(1, 2**31): "teacher_size+ scale max_steps batch_size grad_accum k log_every eval_every save_every",
-    within(0, 2**31): "min_side cache_crops num_workers seed",
-    within(0, 2**31, whole=False): "lr warmup_lr warmup_epochs lambda_edge lambda_spectral lambda_cosine",
+    within(1, 2**31): "teacher_size+ scale max_steps batch_size grad_accum k log_every eval_every save_every "
+                      "epochs hidden classes repeats",
+    within(0, 2**31): "min_side cache_crops num_workers seed size+ limit",
+    within(0, 2**31, whole=False): "lr warmup_lr warmup_epochs lambda_edge lambda_spectral lambda_cosine "
+                                   "weight_decay color_jitter+ cache_gb silog_beta",
     within(0, 1, whole=False): "crop_min val_share lr_decay drop_path",
-    bool: "overwrite resume full_rank compile",
-    str: "backbone weights data_dir out crop init optimizer mixed_precision report_to",
+    bool: "overwrite resume full_rank compile teacher html",
+    str: "backbone weights data_dir out crop init optimizer mixed_precision report_to "
+         "ckpt split depth image+ save_features",
 }
 CHOICES = {"scale": (2, 4, 8), "crop": ("random", "center"), "optimizer": ("adam", "muon"),
-           "mixed_precision": ("no", "bf16"), "report_to": ("none", "tensorboard", "wandb")}
+           "mixed_precision": ("no", "bf16"), "report_to": ("none", "tensorboard", "wandb"),
+           "split": ("paper", "dataset", "probe3d"), "depth": ("encoded", "metric")}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1179,16 +1183,16 @@ class Parser(argparse.ArgumentParser):
         raise BrixelError(message)
 
 
-def load_config(argv, flag, default, description, kinds=None, choices=None, path=None):
+def load_config(argv, flag, default, description, path=Path(__file__).with_name("config.yaml")):
     """Settings of one run: a section of config.yaml, each of its keys a flag, the comment beside it the help.
 
-    flag: "preset" (of brixel.py) or "task" (of probe.py), which names the section.   kinds, choices: of its settings.
-    Returns: argparse.Namespace.   Raises: BrixelError for an unknown key or a value that cannot be, in either place.
+    flag: "preset" (of brixel.py) or "task" (of probe.py), which names the section.   Returns: argparse.Namespace.
+    Raises: BrixelError for an unknown key or a value that cannot be, in the section or in argv.
     """
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Every value stays text, `no` or 1 as well: `kinds` says what it means."""
+        """Every value stays text, `no` and 1 as well: KINDS says what it means."""
         yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # merge keys, `<<: *name`
 
         def construct_mapping(self, node, deep=False):
@@ -1198,7 +1202,6 @@ def load_config(argv, flag, default, description, kinds=None, choices=None, path
                     raise BrixelError(f"line {key.start_mark.line + 1}: {key.value} is there twice")
             return super().construct_mapping(node, deep)
 
-    path = path or Path(__file__).with_name("config.yaml")
     with one_sentence(path.name):
         text = path.read_text("utf-8")
         sections = yaml.load(text, Loader)
@@ -1213,20 +1216,20 @@ def load_config(argv, flag, default, description, kinds=None, choices=None, path
     bodies = dict(re.findall(r"^(\w+):(.*?)(?=^\S|\Z)", text, re.M | re.S))
     before = "".join(bodies.get(section, "") for section in names[:names.index(name) + 1])
     comments = dict(re.findall(r"^  (\w+):.*?\s# (.*)", before, re.M))
-    kind_of = {key: kind for kind, keys in (kinds or KINDS).items() for key in keys.split()}
+    kind_of = {key: kind for kind, keys in KINDS.items() for key in keys.split()}
     values = [f"--{flag}={name}"]                  # of the section, as flags: one parser looks at all values
     defaults = sections[names[0]] if flag == "preset" else {}
     for key, value in (defaults | sections[name]).items():
         words = value if isinstance(value, list) else [value]
         kind = kind_of.get(key) or kind_of.get(f"{key}+")
-        if kind is None:
+        if kind is None or defaults and key not in defaults:
             raise BrixelError(f"{path.name}: {name}: there is no setting {key}")
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
             values.append({"true": f"--{key}", "false": f"--no-{key}"}.get(value, f"--{key}={value}"))
         else:
             several = isinstance(value, list) or key not in kind_of
-            options = {"type": kind, "choices": (choices or CHOICES).get(key), "nargs": "+" if several else None}
+            options = {"type": kind, "choices": CHOICES.get(key), "nargs": "+" if several else None}
             values += [f"--{key}", *words]
         spellings = dict.fromkeys([f"--{key}", f"--{key.replace('_', '-')}"])          # both, as accelerate does
         parser.add_argument(*spellings, help=f"{comments.get(key)} [{' '.join(words)}]".replace("%", "%%"), **options)

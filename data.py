@@ -234,9 +234,9 @@ class Photos(Dataset):
 
 
 def held_out_crop(item):
-    """A held-out photo's item of Photos -> (1, 3, side, side) uint8, or None where another one took its place."""
-    _, crop, skipped = item
-    return None if skipped else crop[None]
+    """A held-out photo's item of Photos -> n, (1, 3, side, side) uint8; (0, ...) where another one took its place."""
+    n, crop, skipped = item
+    return n, crop[None][:0 if skipped else 1]
 
 
 class Skipped:
@@ -274,7 +274,7 @@ class Samples(Sampler):
     of the first cache_crops crops which, without, are in batches b % S, b % S + S, ...   Raises: DataError for too few.
     """
     def __init__(self, cfg, n_photos, samples):
-        self.batch_size, self.sides, self.seed = cfg.batch_size, cfg.teacher_size, cfg.seed
+        self.batch_size, self.sides, self.seed = cfg.batch_size, np.ravel(cfg.teacher_size).tolist(), cfg.seed
         self.n_photos, self.samples, too_few = n_photos, samples, (len(self.sides) - 1) * cfg.batch_size
         if 0 < cfg.cache_crops <= too_few:
             raise DataError(f"--cache_crops {cfg.cache_crops} must be above {too_few}, for {len(self.sides)} sides in "
@@ -331,8 +331,8 @@ def make_loaders(cfg, index, train_ids, val_ids, samples, accelerator):
     """Loaders of the training samples numbered `samples`, a range of whole batches, and of the held-out photos.
 
     cfg: the settings of brixel.py; batch_size is that of all processes, which get a part of each batch.
-    The first yields crops' numbers (B,), crops (B, 3, S, S) uint8, and B strings, as Photos; the second this process's
-    share of central crops (1, 3, S, S), or None where a photo cannot be used, at the first side, then at the next.
+    The first yields crops' numbers (B,), crops (B, 3, S, S) uint8, and B strings, as Photos; the second, of this
+    process's share, number and central crop (1, 3, S, S), (0, 3, S, S) if it cannot be used, at one side after another.
     Raises: DataError for settings that do not fit, or if no held-out photo can be used.
     """
     world = accelerator.num_processes
@@ -341,13 +341,14 @@ def make_loaders(cfg, index, train_ids, val_ids, samples, accelerator):
     check_workers(cfg.num_workers)
     photos = Photos(index, train_ids, cfg.min_side, cfg.crop, cfg.crop_min, cfg.seed)
     held_out = Photos(index, val_ids, cfg.min_side, "center", kind="held-out", tries=len(val_ids))
-    sides = dict.fromkeys(cfg.teacher_size)        # each once
+    samples = Samples(cfg, len(photos), samples)
+    sides = dict.fromkeys(samples.sides)           # each once
     for side in sides:
         held_out[0, 0, side]                       # raises, if none of them can be used
     own = [(i, i, side) for side in sides for i in range(accelerator.process_index, len(val_ids), world)]
     workers = {"num_workers": cfg.num_workers, "worker_init_fn": ignore_signals, "generator": torch.Generator(),
                "pin_memory": torch.cuda.is_available()}      # a generator of its own: no loader disturbs a resume
-    loader = DataLoader(photos, cfg.batch_size, sampler=Samples(cfg, len(photos), samples), **workers)
+    loader = DataLoader(photos, cfg.batch_size, sampler=samples, **workers)
     return accelerator.prepare(loader), DataLoader(held_out, None, sampler=own, collate_fn=held_out_crop, **workers)
 
 

