@@ -241,20 +241,17 @@ BENCHMARKS = {
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. Frozen features, and the probe that is trained and scored on them
 
-def memory_room(cfg, acc, root="/sys/fs/cgroup", own="/proc/self/cgroup"):
+def memory_room(cfg, acc, root="/sys/fs/cgroup"):
     """{"device", "host": bytes that each process may keep there}: half of what is free, at most cfg.cache_gb.
 
-    A container's or batch job's limit counts (Linux control groups; its file cache is free).  A CPU is no device.
+    A container's limit counts (Linux control groups, version 2 or 1; file cache is free).  A CPU is no device.
     """
     host = [psutil.virtual_memory().available]
-    names = {"": ("memory.max", "memory.current", "inactive_file"),                     # version 2, version 1
-             "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")}
-    for kind, path in re.findall(r":(|memory):/(.*)", Path(own).read_text() if Path(own).exists() else ""):
-        for group in (folder := Path(root, kind, path), *folder.parents):
-            with contextlib.suppress(OSError, ValueError):         # no such file; or "max", no limit
-                limit, used = (int((group / name).read_text()) for name in names[kind][:2])
-                host.append(limit - used)
-                host[-1] += int(re.search(rf"^{names[kind][2]} (\d+)", (group / "memory.stat").read_text(), re.M)[1])
+    for folder, limit, used, cache in (("", "max", "current", "inactive_file"),
+                                       ("memory", "limit_in_bytes", "usage_in_bytes", "total_inactive_file")):
+        with contextlib.suppress(OSError, ValueError):             # no such file; or "max", no limit
+            limit, used, stat = (Path(root, folder, f"memory.{name}").read_text() for name in (limit, used, "stat"))
+            host.append(int(limit) - int(used) + int(re.search(rf"^{cache} (\d+)", stat, re.M)[1]))
     free = {"host": min(host) / int(os.environ.get("LOCAL_WORLD_SIZE", acc.num_processes)),
             "device": torch.cuda.mem_get_info()[0] if acc.device.type == "cuda" else 0}
     room = torch.tensor([min(n / 2, cfg.cache_gb * 1e9 or n) for n in free.values()], device=acc.device)
@@ -265,23 +262,17 @@ class Features:
     """Frozen features of the images of one split, with their targets.  model: a backbone or a Brixel.
 
     Kept is the first of these that has room: features on the device, features on the host, decoded images there,
-    nothing. What is not kept is made anew in every epoch, with the same result. With color jitter, four strengths as of
-    ColorJitter, features change in every epoch, and are not kept. Each process computes a share and gives it to the
-    others. A broken file ends the run when it is met: if anything is kept, before any training.
-    room: as of memory_room; what is kept is taken off.
+    nothing.  What is not kept is made anew in every epoch, with the same result; so are features with color jitter,
+    four strengths as of ColorJitter.  Each process computes a share and gives it to the others.  A broken file ends
+    the run when it is met: if anything is kept, before any training.   room: of memory_room, less what is kept.
     """
     def __init__(self, images, model, acc, cfg, room, jitter=(0,)):
         self.images, self.model, self.acc, self.cfg = images, model, acc, cfg
         self.jitter = ColorJitter(*jitter) if any(jitter) else None
-        n, start = len(images), time.perf_counter()
-        batch = default_collate([images[i] for i in range(min(n, max(1, cfg.batch_size // acc.num_processes)))])
-        reading, size = (time.perf_counter() - start) / max(1, cfg.num_workers), len(batch["image"])
-        for _ in range(2):                                         # the first time warms up
-            start = time.perf_counter()
-            features = self.extract(batch["image"].to(acc.device)).cpu()
-        computing = time.perf_counter() - start
-
-        ready = {"features": features} | {key: value for key, value in batch.items() if key != "image"}
+        n, size = len(images), max(1, cfg.batch_size // acc.num_processes)
+        batch = default_collate([images[i] for i in range(min(n, size))])
+        pixels = batch["image"].to(acc.device)
+        ready = {"features": self.extract(pixels).cpu()} | {key: batch[key] for key in batch if key != "image"}
         tiers = [("features", "device", ready), ("features", "host", ready), ("images", "host", batch)]
         for what, place, sample in [*tiers[2 if self.jitter else 0:], ("nothing", "host", {})]:
             nbytes = n * sum(value[0].nbytes for value in sample.values())
@@ -293,10 +284,11 @@ class Features:
 
         epochs = len(cfg.seed) * (cfg.epochs if images.split == "train" else 1)
         passes = 1 if "features" in self.kept else epochs          # of the network
-        seconds = n / size / acc.num_processes * (passes * computing + (1 if self.kept else epochs) * reading)
+        computing, reading = milliseconds([partial(self.extract, pixels), partial(images.__getitem__, 0)], repeats=1)
+        ms = passes * computing / len(pixels) + (1 if self.kept else epochs) * reading / max(1, cfg.num_workers)
+        often, hours = f"anew {passes} times" if passes > 1 else "once", n / acc.num_processes * ms / 3.6e6
         acc.print(f"  {n} {images.split} images, kept on the {place}: {what}, {nbytes / 1e9:.2g} GB; features computed "
-                  f"{f'anew {passes} times' if passes > 1 else 'once'}, about {seconds / 3600:.2g} h at "
-                  f"{n * passes / seconds:.3g} images/s")
+                  f"{often}, about {hours:.2g} h")
         loading = {"num_workers": cfg.num_workers, "pin_memory": acc.device.type == "cuda"}
         self.parts = []                                            # the images of each batch, set in every epoch
         self.loader = DataLoader(images, batch_sampler=self.parts, persistent_workers=cfg.num_workers > 0, **loading)
@@ -324,18 +316,16 @@ class Features:
     def batches(self, order, epoch=0, seed=0):
         """This process's part of each batch of the images `order`: dicts of "features" (B, C, h, w) and the targets.
 
-        The images are spread evenly over as few batches as cfg.batch_size allows: none is much smaller than the others.
-        epoch, seed: of the color jitter.
+        The images are spread evenly over as few batches as cfg.batch_size allows.   epoch, seed: of the color jitter.
         """
         whole = order.tensor_split(-(-len(order) // self.cfg.batch_size))
-        parts = [batch[self.acc.process_index::self.acc.num_processes] for batch in whole]
-        self.parts[:] = [part.tolist() for part in parts]
-        kept = ({key: value[part] for key, value in self.kept.items()} for part in parts)
-        for part, batch in zip(parts, kept if self.kept else self.loader, strict=True):
+        self.parts[:] = [batch[self.acc.process_index::self.acc.num_processes].tolist() for batch in whole]
+        kept = ({key: value[part] for key, value in self.kept.items()} for part in self.parts)
+        for part, batch in zip(self.parts, kept if self.kept else self.loader, strict=True):
             batch = self.on_device(batch)
             if self.jitter:
                 images = []                # ColorJitter has no generator; torch.manual_seed would reseed GPUs, too
-                for i, image in zip(part.tolist(), batch["image"], strict=True):
+                for i, image in zip(part, batch["image"], strict=True):
                     torch.default_generator.manual_seed(random.Random(f"{seed} {epoch} {i}").getrandbits(63))
                     images.append(self.jitter(image))
                 batch["features"] = self.extract(torch.stack(images))
@@ -392,31 +382,27 @@ def score(probe, readouts, features, acc):
     return metrics
 
 
-def truth_and_prediction(target, pred, batch):
-    """Truth and prediction as pictures, each (B, H, W, 3) uint8, black where there is no truth."""
-    from matplotlib import colormaps
-
-    true = batch[target]
-    if target == "label":                                          # neighboring classes differ in hue
-        valid = true != IGNORE
-        pair = [colormaps["hsv"](x.cpu().numpy() * 0.618 % 1)[..., :3] for x in (true, pred.argmax(1))]
-    elif target == "depth":                                        # near is yellow, far dark blue; of codes, reversed
-        valid, far = batch["valid"][:, 0], (true * batch["valid"]).max().clamp_min(MIN_DEPTH)
-        pair = [colormaps["viridis_r"]((x[:, 0] / far).cpu().numpy())[..., :3] for x in (true, pred)]
-    else:                                                          # the usual colors: light blue faces the camera
-        valid, flip = batch["normal_valid"][:, 0], pred.new_tensor([-1, 1, 1]).view(3, 1, 1)
-        pair = [((1 + F.normalize(x * flip)) / 2).permute(0, 2, 3, 1).cpu().numpy() for x in (true, pred)]
-    return [(x * valid.cpu().numpy()[..., None] * 255).astype(np.uint8) for x in pair]
-
-
 @torch.no_grad()
 def example_pictures(probe, features, count=4):
-    """{"image", "true TARGET", "predicted TARGET": list of (h, w, 3) uint8} of some images of the split."""
+    """{"image", "true TARGET", "predicted TARGET": list of (h, w, 3) uint8}; black where there is no truth."""
+    from matplotlib import colormaps
+
     items = [features.images[i] for i in sorted({i * len(features.images) // count for i in range(count)})]
     shown = {"image": [item["image"].permute(1, 2, 0).numpy() for item in items]}
-    batch = features.on_device(default_collate(items))
-    for target, pred in probe(batch).items():
-        shown[f"true {target}"], shown[f"predicted {target}"] = truth_and_prediction(target, pred, batch)
+    batch = default_collate(items)
+    for target, pred in probe(features.on_device(batch)).items():
+        true, pred = batch[target], pred.cpu()
+        if target == "label":                                      # neighboring classes differ in hue
+            valid = true != IGNORE
+            pair = [colormaps["hsv"](x.numpy() * 0.618 % 1)[..., :3] for x in (true, pred.argmax(1))]
+        elif target == "depth":                                    # near is yellow, far dark blue; of codes, reversed
+            valid, far = batch["valid"][:, 0], (true * batch["valid"]).max().clamp_min(MIN_DEPTH)
+            pair = [colormaps["viridis_r"]((x[:, 0] / far).numpy())[..., :3] for x in (true, pred)]
+        else:                                                      # the usual colors: light blue faces the camera
+            valid, flip = batch["normal_valid"][:, 0], torch.tensor([-1, 1, 1]).view(3, 1, 1)
+            pair = [((1 + F.normalize(x * flip)) / 2).permute(0, 2, 3, 1).numpy() for x in (true, pred)]
+        for title, x in zip(("true", "predicted"), pair, strict=True):
+            shown[f"{title} {target}"] = (x * valid.numpy()[..., None] * 255).astype(np.uint8)
     return shown
 
 
