@@ -6,17 +6,15 @@
     python probe.py --task pca --ckpt out.pt --image a.jpg photos/                  # pictures of the features
     python probe.py --task cost --backbone dinov3_vits16 dinov3_vitb16              # GFLOPs, milliseconds, memory
 
-Rows: "baseline" is the backbone, alone without --ckpt; "BRIXEL" the checkpoint on the same image; "teacher" the
-backbone at `scale` times the side, the ceiling. Each gets its own small readout, trained with the same seeds, batches
-and steps on frozen features of the last layer. After every row out.TASK.json and out.TASK.png are written beside the
-checkpoint (--out). Prints a table beside the paper's and, as the last line, one JSON object. Settings: config.yaml.
+Rows: "baseline", the backbone, alone without --ckpt; "BRIXEL", the checkpoint; "teacher", the backbone at `scale` times
+the side, the ceiling.  Each gets its own readout, trained with the same seeds, batches and steps on frozen features.
+Writes out.TASK.json and .png after every row; prints a table beside the paper's and a line of JSON.  See config.yaml.
 """
 import contextlib
 import io
 import itertools
 import json
 import os
-import random
 import re
 import time
 from base64 import b64encode
@@ -41,25 +39,22 @@ import brixel
 from data import ADE20K, IGNORE, NAVI, NYU, Cityscapes, DataError, PhotoIndex, check_workers, open_photo
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 1. Readouts: what a probe predicts.  head(C) makes its trained part.  `batch`: a dict of stacked items of data.py.
-#    loss(pred, batch) -> sum, count: processes add up their counts before they divide.  update(pred, batch) adds to
-#    .sums, which compute() divides once, for the whole split.
+# 1. Readouts: what a probe predicts from a `batch`, a dict of stacked items of data.py.  head(C): its trained part.
+#    loss() -> sum, count: added up over processes, then divided.  update() adds to .sums, compute() divides them once.
 
 MIN_DEPTH, MAX_DEPTH = 0.001, 10.0      # range of the depth head and of the depth metrics
-
-
-def conv_unit(width):
-    """Two 1x1 convolutions, each with a ReLU."""
-    return nn.Sequential(nn.Conv2d(width, width, 1), nn.ReLU(), nn.Conv2d(width, width, 1), nn.ReLU())
 
 
 class DPT(nn.Module):
     """probe3d's DPT head, with 1x1 convolutions and one map for its four levels.  (B, C, h, w) -> (B, out_dim, h, w)"""
     def __init__(self, in_dim, out_dim, width=512):
+        def unit():
+            return nn.Sequential(nn.Conv2d(width, width, 1), nn.ReLU(), nn.Conv2d(width, width, 1), nn.ReLU())
+
         super().__init__()
         self.project = nn.ModuleList(nn.Conv2d(in_dim, width, 1) for _ in range(4))     # the deepest level first
-        self.before = nn.ModuleList(conv_unit(width) for _ in range(3))                 # residual units of a level
-        self.after = nn.ModuleList(conv_unit(width) for _ in range(4))                  # and of its sum with deeper
+        self.before = nn.ModuleList(unit() for _ in range(3))                           # residual units of a level
+        self.after = nn.ModuleList(unit() for _ in range(4))                            # and of its sum with deeper
         self.out = nn.Sequential(nn.Conv2d(width, width, 1), nn.ReLU(), nn.Conv2d(width, out_dim, 1))
 
     def forward(self, x):
@@ -75,8 +70,7 @@ class DPT(nn.Module):
 class DepthHead(DPT):
     """Depth as the expectation over out_dim bins.  (B, C, h, w) -> (B, 1, h, w) meters."""
     def forward(self, x):
-        weight = super().forward(x).float().relu() + 0.1                                # (B, bins, h, w)
-        weight = weight / weight.sum(1, keepdim=True)
+        weight = F.normalize(super().forward(x).float().relu() + 0.1, p=1, dim=1)       # (B, bins, h, w)
         depth = torch.linspace(MIN_DEPTH, MAX_DEPTH, weight.shape[1], device=x.device)  # (bins,)
         return torch.einsum("bkhw,k->bhw", weight, depth)[:, None]
 
@@ -112,24 +106,19 @@ def align(pred, depth, valid):
     """`pred` after the scale and shift per image that fit `depth` best over the valid pixels.  (B, 1, H, W), float64"""
     pred, depth, weight = pred.double(), depth.double(), valid.double()
     weight = weight / weight.sum((1, 2, 3), keepdim=True).clamp_min(1)
-    mean_pred = (weight * pred).sum((1, 2, 3), keepdim=True)
-    mean_depth = (weight * depth).sum((1, 2, 3), keepdim=True)
+    mean_pred, mean_depth = ((weight * x).sum((1, 2, 3), keepdim=True) for x in (pred, depth))
     covariance = (weight * (pred - mean_pred) * (depth - mean_depth)).sum((1, 2, 3), keepdim=True)
     variance = (weight * (pred - mean_pred)**2).sum((1, 2, 3), keepdim=True)
     return covariance / variance.clamp_min(1e-12) * (pred - mean_pred) + mean_depth
 
 
 class Depth:
-    """Depth in meters, by DepthHead.  batch["depth"]: (B, 1, H, W) float32 m; batch["valid"]: (B, 1, H, W) bool.
-
-    limits: depths are clamped to them before they are compared.
-    """
+    """Depth in meters, by DepthHead.  batch["depth"]: (B, 1, H, W) float32 m; batch["valid"]: (B, 1, H, W) bool."""
     target = "depth"
-    names = ("rmse", "abs_rel", "log10", "delta1", "delta2", "delta3")
 
     def __init__(self, hidden=512, silog_beta=0.15, limits=(MIN_DEPTH, MAX_DEPTH)):
         self.silog_beta, self.limits, self.head = silog_beta, limits, partial(DepthHead, out_dim=256, width=hidden)
-        self.sums = torch.zeros(2, 7, dtype=torch.float64)         # as predicted, aligned: of `names`, pixel count
+        self.sums = torch.zeros(2, 7, dtype=torch.float64)         # as predicted, aligned: of DEPTH, pixel count
 
     def loss(self, pred, batch):
         """SILog of an image, mean(d²) - beta mean(d)², d = log pred - log depth.  Returns: sum, number of images."""
@@ -152,11 +141,9 @@ class Depth:
 
     def compute(self):
         """RMSE and the usual others over all valid pixels, also `_aligned`: after scale and shift of each image."""
-        metrics = {}
-        for suffix, sums in zip(("", "_aligned"), self.sums, strict=True):
-            for name, mean in zip(self.names, (sums[:-1] / sums[-1]).tolist(), strict=True):
-                metrics[name + suffix] = mean**0.5 if name == "rmse" else mean
-        return metrics
+        means = self.sums[:, :-1] / self.sums[:, -1:]                                   # (2, 6)
+        means[:, 0].sqrt_()                                        # the first is the square of the RMSE
+        return dict(zip(DEPTH | ALIGNED, means.flatten().tolist(), strict=True))
 
 
 class Normals:
@@ -185,8 +172,7 @@ class Normals:
         below = self.sums[1:].cumsum(0)                            # pixels up to the end of each bin
         median_bin = (below < below[-1] / 2).sum().item()
         shares = {f"share_{limit}": (below[round(limit / self.bin) - 1] / below[-1]).item() for limit in self.limits}
-        mean = (self.sums[0] / below[-1]).item()
-        return {"angle_mean": mean, "angle_median": (median_bin + 0.5) * self.bin, **shares}
+        return {"angle_mean": (self.sums[0] / below[-1]).item(), "angle_median": (median_bin + 0.5) * self.bin} | shares
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -217,8 +203,7 @@ SEGMENTATION = {"miou": ("mIoU % ↑", 100, ".1f"), "pixel_accuracy": ("pixel ac
 DEPTH = {"rmse": ("RMSE ↓", 1, ".3f"), "abs_rel": ("AbsRel ↓", 1, ".3f"), "log10": ("log10 ↓", 1, ".3f"),
          **{f"delta{k}": (f"δ{k} ↑", 1, ".3f") for k in (1, 2, 3)}}
 ALIGNED = {f"{key}_aligned": (f"aligned {header}", *rest) for key, (header, *rest) in DEPTH.items()}
-NORMALS = {"rmse": ("RMSE ↓", 1, ".3f"), "angle_mean": ("mean ° ↓", 1, ".1f"),
-           "angle_median": ("median ° ↓", 1, ".1f"),
+NORMALS = {"rmse": DEPTH["rmse"], "angle_mean": ("mean ° ↓", 1, ".1f"), "angle_median": ("median ° ↓", 1, ".1f"),
            **{f"share_{limit}": (f"< {limit}° % ↑", 100, ".1f") for limit in Normals.limits}}
 
 # counts: training and validation images of the full benchmark; paper: {metric: {backbone: (baseline, BRIXEL)}}, Table 1
@@ -232,7 +217,7 @@ BENCHMARKS = {
     "nyu": {"reader": NYU, "counts": (795, 654), "columns": DEPTH | ALIGNED,
         # the released evaluation aligns each image before it measures (nyu.py:217-237, called with "scale_shift")
         "paper": {"rmse_aligned": {"siglip2": (0.613, 0.567), "dinov3_vitb16": (0.354, 0.346), "pe": (0.394, 0.381)}}},
-    "navi": {"reader": NAVI, "counts": (None, None), "columns": NORMALS,
+    "navi": {"reader": NAVI, "counts": (), "columns": NORMALS,
         "paper": {"rmse": {"siglip2": (0.506, 0.489), "dinov3_vitb16": (0.388, 0.380), "pe": (0.469, 0.440)},
                   "angle_mean": {"siglip2": (49.4, 48.6), "dinov3_vitb16": (41.3, 39.4), "pe": (48.4, 44.9)}}},
 }
@@ -302,9 +287,8 @@ class Features:
     @torch.no_grad()
     def extract(self, images):
         """(B, 3, H, W) uint8 -> (B, C, h, w) float16, as they are kept, whether they are or not."""
-        backbone = getattr(self.model, "backbone", self.model)
         with torch.autocast(self.acc.device.type, torch.bfloat16, enabled=self.cfg.mixed_precision == "bf16"):
-            return self.model(brixel.normalize(images, backbone)).half()
+            return self.model(brixel.normalize(images, getattr(self.model, "backbone", self.model))).half()
 
     def on_device(self, batch):
         """A batch on the device; unless there is color jitter, with "features" in place of "image"."""
@@ -326,7 +310,7 @@ class Features:
             if self.jitter:
                 images = []                # ColorJitter has no generator; torch.manual_seed would reseed GPUs, too
                 for i, image in zip(part, batch["image"], strict=True):
-                    torch.default_generator.manual_seed(random.Random(f"{seed} {epoch} {i}").getrandbits(63))
+                    torch.default_generator.manual_seed((seed << 32) + (epoch << 20) + i)
                     images.append(self.jitter(image))
                 batch["features"] = self.extract(torch.stack(images))
             yield batch
@@ -335,9 +319,9 @@ class Features:
 class Probe(nn.ModuleDict):
     """{target: head}.  A batch of Features -> {target: (B, K, H, W) float32}, H x W the target's size."""
     def forward(self, batch):
-        outputs = {target: head(batch["features"].float()) for target, head in self.items()}    # (B, K, h, w)
-        return {target: F.interpolate(output, size=tuple(batch[target].shape[-2:]), mode="bilinear")
-                for target, output in outputs.items()}
+        features = batch["features"].float()
+        return {target: F.interpolate(head(features), size=batch[target].shape[-2:], mode="bilinear")
+                for target, head in self.items()}
 
 
 def fit(readouts, features, embed_dim, cfg, acc, seed):
@@ -426,8 +410,9 @@ def run_row(cfg, acc, size, model, scale, backbone):
         record |= {f"{name}_std": np.std([metrics[name] for metrics in scores], ddof=1).item() for name in scores[0]}
     if len(cfg.size) > 1:
         image = splits[1][0]["image"][None].to(acc.device)
-        record["gflops"] = gflops(partial(model, image.float()))
-        [record["ms"]] = milliseconds([partial(val.extract, image)], repeats=5)
+        with brixel.only_warn(f"cost of {size} pixels"):
+            record["gflops"] = gflops(partial(model, image.float()))
+            [record["ms"]] = milliseconds([partial(val.extract, image)], repeats=5)
     return record, splits, partial(example_pictures, probe, val)
 
 
@@ -438,8 +423,8 @@ def run_benchmark(cfg):
     brixel.check_writable(stem)
     if min(cfg.size) < 1 or len(cfg.color_jitter) != 4 or cfg.color_jitter[3] > 0.5:
         raise DataError("--size must be 1 or more, --color_jitter four numbers, the last, of the hue, at most 0.5")
-    # the readout trains in float32: mixed precision is the affair of Features alone; MPS has no float64
     check_workers(cfg.num_workers)
+    # the readout trains in float32: mixed precision is the affair of Features alone; MPS has no float64
     acc = Accelerator(mixed_precision="no", cpu=torch.backends.mps.is_available())
     for split in ("train", "val"):                                 # a wrong folder is told before a backbone is fetched
         smallest_batch = min(len(read_split(cfg, split, 1)), (cfg.batch_size + 1) // 2)
@@ -458,9 +443,8 @@ def run_benchmark(cfg):
         acc.print(f"{row}, {size} pixels")
         record, splits, draw = run_row(cfg, acc, size, network, scale, backbone)
         records.append({"row": row, "size": size, **record})
-        result = {"task": cfg.task, "backbone": backbone.name, "ckpt": cfg.ckpt, "rows": records,
-                  "n_train": len(splits[0]), "n_val": len(splits[1]), "seed": cfg.seed,
-                  "processes": acc.num_processes, "precision": cfg.mixed_precision,
+        result = {"task": cfg.task, "backbone": backbone.name, "rows": records,
+                  "n_train": len(splits[0]), "n_val": len(splits[1]), "processes": acc.num_processes,
                   "matmul": "tf32" if acc.device.type == "cuda" else "float32",
                   "deviations": deviations(cfg, splits, backbone), "settings": vars(cfg)}
         if acc.is_main_process:
@@ -469,7 +453,6 @@ def run_benchmark(cfg):
             with brixel.only_warn(f"picture {stem}.png"):
                 shown |= {key.replace("predicted", row): value for key, value in draw().items()}   # of the last size
                 brixel.write_panel(f"{stem}.png", list(shown), list(zip(*shown.values(), strict=True)))
-            with brixel.only_warn(f"picture {stem}.size.png"):
                 if len(cfg.size) > 1:
                     write_plot(f"{stem}.size.png", cfg.task, records)
         del draw                                                   # and with it what is kept of this row
@@ -487,8 +470,7 @@ def deviations(cfg, splits, backbone):
     notes = [f"--{key} {' '.join(map(str, value)) if isinstance(value, list) else value}"
              for key, value in vars(cfg).items() if key not in free and value != protocol[key]]
     notes += [f"{len(images)} {images.split} images instead of {full}"
-              for images, full in zip(splits, BENCHMARKS[cfg.task]["counts"], strict=True)
-              if full not in (None, len(images))]
+              for images, full in zip(splits, BENCHMARKS[cfg.task]["counts"]) if len(images) != full]
     if any(size % backbone.patch_size for size in cfg.size):
         notes.append(f"images are rounded to multiples of the patch size {backbone.patch_size}, labels are not")
     photo, _ = splits[1].read(splits[1].samples[0])
@@ -523,33 +505,28 @@ def table_cells(result):
 
 def write_plot(path, task, records):
     """The first metric against size, GFLOPs and milliseconds, a line per row; bars: standard deviation of the seeds."""
-    import matplotlib.style
+    from matplotlib import style
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator
+    from matplotlib.ticker import LogLocator
 
     metric, (header, factor, _) = next(iter(BENCHMARKS[task]["columns"].items()))
-    colors = {"baseline": "dimgray", "BRIXEL": "tab:red", "teacher": "tab:blue"}
     labels = {"size": "size, pixels", "gflops": "GFLOPs per image", "ms": "milliseconds per image"}
-    with matplotlib.style.context("default"):                      # whatever the user's matplotlibrc says
+    with brixel.atomic(path) as temporary, style.context("default"):                    # whatever matplotlibrc says
         figure = Figure(figsize=(11, 4), dpi=200, layout="constrained")
         for axis, (key, label) in zip(figure.subplots(1, 3, sharey=True), labels.items(), strict=True):
             for row in dict.fromkeys(record["row"] for record in records):
                 chosen = [record for record in records if record["row"] == row]
                 x, y = [record[key] for record in chosen], [record[metric] * factor for record in chosen]
                 bars = [record.get(f"{metric}_std", 0) * factor for record in chosen]
-                axis.errorbar(x, y, bars, fmt="o-", capsize=3, color=colors[row], label=row)
+                axis.errorbar(x, y, bars, fmt="o-", capsize=3, label=row)
                 for record, *point in zip(chosen, x, y, strict=True):
-                    axis.annotate(record["size"], point, (5, -11), textcoords="offset points", color=colors[row])
+                    axis.annotate(record["size"], point, (5, -11), textcoords="offset points")
             axis.set(xlabel=label, ylabel=header, xscale="log", xmargin=0.15)
-            sizes, plain = {record["size"] for record in records}, [n * 10**e for e in range(-2, 6) for n in (1, 2, 5)]
-            axis.xaxis.set(major_formatter="{x:g}",
-                           major_locator=FixedLocator(sorted(sizes) if key == "size" else plain))
+            axis.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
             axis.minorticks_off()
             axis.label_outer()
-            axis.grid(alpha=0.3)
-        figure.axes[0].legend()
-        with brixel.atomic(path) as temporary:
-            figure.savefig(temporary, format="png")
+        axis.legend()
+        figure.savefig(temporary, format="png")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -558,9 +535,8 @@ def write_plot(path, task, records):
 def write_page(path, photo, maps):
     """Write `path`: assets/explore.html filled with one photo's data; point at it, and every map shows what is similar.
 
-    photo: PIL image.   maps: {name: (1, C, h, w)}; the last one gives basis and range of the PCA colors.
-    Features are sent as their 64 leading directions (not centered, as cosine similarity is not), each token as 8-bit
-    shares of its largest value: the page brings them back to length 1. What that changes is measured and written there.
+    photo: PIL image.   maps: {name: (1, C, h, w)}, as of brixel.pca_rgb.   Features go as their 64 leading directions
+    (not centered, as cosine similarity is not), in 8 bits; the difference that this makes is measured and shown.
     """
     panels, differences, similarities = [], [], []
     for (name, features), colors in zip(maps.items(), brixel.pca_rgb(*maps.values()), strict=True):
@@ -590,8 +566,7 @@ def write_page(path, photo, maps):
 def run_pca(cfg):
     """PHOTO.pca.png of each photo of --image: its features as colors, in the last column's basis.  Names what fails."""
     if not cfg.ckpt or not cfg.image[0] or len(cfg.size) > 1:
-        raise brixel.BrixelError("--task pca needs a checkpoint (--ckpt out.pt), photos (--image a.jpg folder) and one "
-                                 "--size")
+        raise brixel.BrixelError("--task pca needs --ckpt out.pt, --image a.jpg folder, and one --size")
     folder, taken, saved, failed = Path(cfg.out or "."), set(), {}, []
     brixel.check_writable(folder / "PHOTO.pca.png")
     if cfg.save_features:
@@ -602,7 +577,7 @@ def run_pca(cfg):
     print(*(note + "\n" for index in indices for note in index.notes), sep="", end="")
     photos = [(index, i) for index in indices for i in range(len(index))]
     for number, (index, i) in enumerate(photos):
-        path = index.name(i)
+        path = index.name(i).encode("utf-8", "backslashreplace").decode()               # all of it can be written
         stem = Path(path.replace(".tar at byte ", "_")).stem
         stem += f"_{number}" * (stem.lower() in taken)             # of two photos with one name
         taken.add(stem.lower())
@@ -614,9 +589,8 @@ def run_pca(cfg):
                     "BRIXEL": model.upsampler(x, layers)}
             if cfg.teacher:
                 maps["teacher"] = model.backbone(model.preprocess(image, [model.scale * side for side in x.shape[2:]]))
-            if cfg.save_features:                                  # before a picture fails; a key must be UTF-8
-                key = path.encode("utf-8", "backslashreplace").decode()
-                saved[key] = maps["BRIXEL"][0].float().cpu().contiguous()               # (C, h, w)
+            if cfg.save_features:                                  # before a picture fails
+                saved[path] = maps["BRIXEL"][0].float().cpu().contiguous()              # (C, h, w)
             row = [np.asarray(image), *brixel.pca_rgb(*maps.values())]
             brixel.write_panel(folder / f"{stem}.pca.png", ["photo", *maps], [row])
             if cfg.html:
@@ -634,8 +608,7 @@ def run_pca(cfg):
 
 def gflops(call):
     """GFLOPs of `call`; attention counted, a multiplication and an addition are 2 FLOPs."""
-    # torch's counter knows not every fused attention, but always the two matrix products of the plain one, which only
-    # fake tensors afford: the teacher's attention matrices may be larger than a GPU
+    # the counter always knows plain attention, whose matrices may be larger than a GPU: hence the fake tensors
     fake, plain = FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH)
     with fake, plain, FlopCounterMode(display=False) as counter:
         call()
@@ -692,9 +665,7 @@ def run_cost(cfg):
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. Command line
 
-def load_config(argv):
-    """Settings of one run: see brixel.load_config."""
-    return brixel.load_config(argv, "task", "pca", __doc__)
+load_config = partial(brixel.load_config, flag="task", default="pca", description=__doc__)
 
 
 def main(argv=None):

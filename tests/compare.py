@@ -21,7 +21,6 @@ from accelerate.utils import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import brixel
 import data
-from ablate import errors
 from probe import milliseconds
 
 TERMS = ("l1", "cosine", "edge", "spectral")
@@ -62,7 +61,9 @@ def measure(args, model, rows):
         layers = {side: layers_of(image) for side, image in images.items()}
         teacher = model.backbone(photo)
         for row, (side, upsampler) in rows.items():
-            found[row].append(errors(upsampler, [(images[side], layers[side], teacher)]))
+            _, terms = brixel.brixel_loss(upsampler(images[side], layers[side]), teacher, lambda_cosine=1)
+            terms["cosine"] = 1 - terms["cosine"]
+            found[row].append({term: value.item() for term, value in terms.items()})
     parts = [lambda n=side, f=upsampler: f(images[n], layers[n]) for side, upsampler in rows.values()]
     wholes = [lambda n=side, f=upsampler: f(images[n], layers_of(images[n])) for side, upsampler in rows.values()]
     ms = milliseconds(parts + wholes, args.repeats)
@@ -77,17 +78,6 @@ def paired(photos, reference, term):
     return f"{statistics.mean(differences):+.3f}{spread} ({sum(sign * d > 0 for d in differences)})"
 
 
-def table(title, found, times, first):
-    """Lines of Markdown, all rows compared with `first`."""
-    lines = [[title, "L1", "cosine", "edge", "spectral", "ms without ViT", "ms with ViT",
-              "Δ L1 (better)", "Δ cosine (better)", "Δ edge (better)"], ["---"] * 10]
-    for row, photos in found.items():
-        means = [statistics.mean(photo[term] for photo in photos) for term in TERMS]
-        differences = ["" if row == first else paired(photos, found[first], term) for term in TERMS[:3]]
-        lines.append([row, *(f"{x:.3f}" for x in means), *(f"{ms:.1f}" for ms in times[row]), *differences])
-    return [f"| {' | '.join(line)} |" for line in lines]
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", required=True, help="folder of photographs; small ones are enlarged")
@@ -96,14 +86,17 @@ def main(argv=None):
     parser.add_argument("--hub", nargs="+", default=[], help="OWNER/REPO:NAME or FOLDER:NAME, whose code is run")
     parser.add_argument("--repeats", type=int, default=10, help="timed calls of each row, in turns")
     args = parser.parse_args(argv)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):              # whatever a hub prints
-            model, rows = make_rows(args)
-            found, times = measure(args, model, rows)
-    except (brixel.BrixelError, data.DataError, OSError) as error:
-        sys.exit(f"compare.py: error: {error}")
-    title = f"{args.size} -> {model.scale * args.size} px, {len(found['bilinear'])} photos, {DEVICE}"
-    print(*table(title, found, times, first=f"BRIXEL {args.ckpt[0]}"), sep="\n")
+    with brixel.command_line("compare.py"), contextlib.redirect_stdout(sys.stderr):     # whatever a hub prints
+        model, rows = make_rows(args)
+        found, times = measure(args, model, rows)
+    first, px = f"BRIXEL {args.ckpt[0]}", model.scale * args.size
+    print(f"| {args.size} -> {px} px, {len(found[first])} photos, {DEVICE} | L1 | cosine | edge | spectral "
+          f"| ms without ViT | ms with ViT | Δ L1 (better) | Δ cosine (better) | Δ edge (better) |\n|{'---|' * 10}")
+    for row, photos in found.items():
+        cells = [f"{statistics.mean(photo[term] for photo in photos):.3f}" for term in TERMS]
+        cells += [f"{ms:.1f}" for ms in times[row]]
+        cells += ["" if row == first else paired(photos, found[first], term) for term in TERMS[:3]]
+        print(f"| {' | '.join([row, *cells])} |")
 
 
 if __name__ == "__main__":

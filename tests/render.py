@@ -1,7 +1,6 @@
 """Rendered stand-ins for ADE20K, Cityscapes, NYU and NAVI: real on-disk formats, exact depth, normals and classes.
 
-A pinhole camera (x right, y down, z forward) sees a wall and spheres, painted with pictures (side, side, 3) uint8,
-one a class.
+Textures: pictures (side, side, 3) uint8, one a class.   Splits: {"train": n, "val": n} scenes.
 """
 import json
 from pathlib import Path
@@ -11,11 +10,9 @@ import pyarrow
 from PIL import Image
 from pyarrow import parquet
 
-NESTED = pyarrow.list_(pyarrow.list_(pyarrow.list_(pyarrow.float32())))        # a cell of Array3D of datasets
-
 
 def draw(rng, textures, height, width):
-    """A tilted wall (texture 0) and six spheres before it, seen with focal length 0.9 * width.
+    """A tilted wall (texture 0) and six spheres before it; focal length 0.9 * width, x right, y down, z forward.
 
     Returns: image (H, W, 3) uint8; depth (H, W) m; unit normal (H, W, 3), away from the camera; texture (H, W) uint8.
     """
@@ -38,7 +35,7 @@ def draw(rng, textures, height, width):
 
 
 def scenes(textures, splits, seed, height, width):
-    """(split, number, *draw(...)) of the scenes of all splits, {"train": n, "val": n}."""
+    """(split, number, *draw(...)) of the scenes of all splits."""
     rng = np.random.default_rng(seed)
     for split, count in splits.items():
         for i in range(count):
@@ -54,10 +51,10 @@ def write_ade20k(root, textures, splits, seed=0, height=60, width=80):
     label_of = np.array([4, 1, 6, 8, 16, 20, 34, 45, 64, 93, 120, 132], np.uint8)       # label of texture 0, 1, ...
     root, folders = Path(root, "ADEChallengeData2016"), {"train": "training", "val": "validation"}
     for split, i, image, _, _, classes in scenes(textures, splits, seed, height, width):
-        labels = label_of[classes]
+        labels, name = label_of[classes], f"{folders[split]}/ADE_{split}_{i + 1:08d}"
         labels[:, :4] = 0                                                         # unlabeled border
-        save(image, root / "images" / folders[split] / f"ADE_{split}_{i + 1:08d}.jpg", quality=95)
-        save(labels, root / "annotations" / folders[split] / f"ADE_{split}_{i + 1:08d}.png")
+        save(image, root / "images" / f"{name}.jpg", quality=95)
+        save(labels, root / "annotations" / f"{name}.png")
 
 
 def write_cityscapes(root, textures, splits, seed=1, height=64, width=128):
@@ -73,16 +70,14 @@ def write_nyu_parquet(root, textures, splits, seed=2, height=48, width=64):
     """As tanganke/nyuv2, without its columns segmentation and normal: nested lists; a file per photo."""
     Path(root, "data").mkdir(parents=True)
     for split, i, image, depth, _, _ in scenes(textures, splits, seed, height, width):
-        row = {"image": image.transpose(2, 0, 1) / 255, "depth": depth[None]}
-        table = pyarrow.table({name: pyarrow.array([x.tolist()], NESTED) for name, x in row.items()})
+        table = pyarrow.table({"image": [(image.transpose(2, 0, 1) / 255).tolist()], "depth": [depth[None].tolist()]})
         parquet.write_table(table, f"{root}/data/{split}-{i:05d}-of-{splits[split]:05d}.parquet")
 
 
 def write_navi(root, textures, splits, seed=3, height=96, width=128, objects=2):
     """The spheres of scenes a tenth as large: wild_set and, in half as many images, one multiview scene per object.
 
-    Every second photo has EXIF orientation 6.
-    Returns: {(object, scene, name): (image, depth, normal, mask)}, upright, full resolution.
+    Returns: {(object, scene, name): (image, depth, normal, mask)}, upright; every second file has EXIF orientation 6.
     """
     rng, truth = np.random.default_rng(seed), {}
     marks = [split for split, count in splits.items() for _ in range(count)]
