@@ -717,9 +717,8 @@ def set_up(cfg, backbone, accelerator):
         wanted, model = model.settings, load(cfg.init, backbone, drop_path=cfg.drop_path)
         for key in ("checksum" if model.settings["checksum"] else "backbone", "scale", "full_rank"):
             if model.settings[key] != wanted[key]:
-                name = "backbone" if key == "checksum" else key
-                raise BrixelError(f"{cfg.init} has {name} {model.settings[name]}, not {wanted[name]} (--init, "
-                                  f"--{name})")
+                raise BrixelError(f"{cfg.init} is of another {key.replace('checksum', 'backbone')} than this run "
+                                  "(--init, --backbone, --weights, --scale, --full_rank)")
         model.settings = wanted | model.upsampler.options         # not its errors, command and so on
     model = model.to(accelerator.device).train()
     if cfg.compile:
@@ -811,7 +810,8 @@ def train(cfg):
                       f"{cfg.warmup_epochs * steps_per_epoch:.0f} of {cfg.max_steps} steps of warm-up, "
                       f"{sum(p.numel() for p in upsampler.parameters()):,} parameters, {accelerator.device}", sep="\n")
 
-    maps_of, recent, skipped_photos, batches, bad, stop, clock = {}, [], data.Skipped(), 0, 0, False, time.time()
+    maps_of, skipped_photos, bad, stop = {}, data.Skipped(), 0, False
+    recent, batches, left_out, clock = [], 0, 0, time.time()      # since the last line of the log
     progress = tqdm(initial=step, total=cfg.max_steps, unit="step")
     launcher = os.getppid() if {"TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE"} & set(os.environ) else None
     with stop_requests(data.STOP_SIGNALS) as asked:
@@ -841,23 +841,22 @@ def train(cfg):
             bad = 0 if finite else bad + 1         # steps in a row that are left out
             if bad:
                 del recent[-cfg.grad_accum:]
+                left_out += 1
             if bad == 10:
                 raise BrixelError(f"loss or gradients of the last ten steps, to {step}, are not finite: go on from "
                                   "the last checkpoint with --resume and a lower --lr, or --mixed_precision no")
-            if step == first + 1:
-                began = time.time()                # the first step also waits for the loader's first batch
+            rate = batches * cfg.batch_size / (time.time() - clock)
             if step == first + 10 and accelerator.device.type == "cuda":
-                seconds, memory = (time.time() - began) / 9, torch.cuda.max_memory_allocated()
-                accelerator.print(f"\n{samples_per_step / seconds:.3g} images/s, at most {memory / 1e9:.3g} GB a GPU; "
-                                  f"all {cfg.max_steps} steps take {cfg.max_steps * seconds / 3600:.2g} hours")
+                memory, hours = torch.cuda.max_memory_allocated() / 1e9, cfg.max_steps * samples_per_step / rate / 3600
+                accelerator.print(f"\n{rate:.3g} images/s, at most {memory:.3g} GB of a GPU, {hours:.2g} hours in all")
             if step % cfg.log_every == 0 or step == cfg.max_steps:
                 means = accelerator.reduce(torch.stack(recent).mean(0), "mean").tolist() if recent else []
-                record = dict(zip(("loss", *terms), means)) | {
-                    "images/s": batches * cfg.batch_size / (time.time() - clock), "lr": lr,
-                    "left_out": batches - len(recent)}
+                record = dict(zip(("loss", *terms), means)) | {"images/s": rate, "lr": lr, "left_out": left_out}
                 progress.set_postfix_str(" ".join(f"{name} {value:.3g}" for name, value in record.items()))
                 log(accelerator, cfg, step, record)
-                recent, batches, clock = [], 0, time.time()
+                recent, batches, left_out, clock = [], 0, 0, time.time()
+            if step == first + 1:
+                batches, clock = 0, time.time()    # the first step also waited for the loader
             pause = time.time()                    # for evaluation and saving, which the rate leaves out
             if step % cfg.eval_every == 0 and step < cfg.max_steps and not stop:
                 means, _ = evaluate(model, val_loader, accelerator, asked)
@@ -890,7 +889,7 @@ def evaluate(model, val_loader, accelerator, asked=()):
     """
     from accelerate.utils import gather_object, tqdm
 
-    errors, rows = [], []                          # (side, a dict), and a row of pictures, for each photo
+    sides, errors, rows = {side for *_, side in val_loader.sampler}, [], []            # errors: (name, value)
     model.eval()
     for _, image in tqdm(val_loader, desc="evaluating", leave=False):
         if asked:
@@ -901,23 +900,21 @@ def evaluate(model, val_loader, accelerator, asked=()):
         with accelerator.autocast():
             student = model.upsampler(small, layers)
         bilinear = F.interpolate(layers[-1], size=teacher.shape[2:], mode="bilinear")
-        errors.append((image.shape[-1], {}))
+        end = f" at {image.shape[-1]}" if len(sides) > 1 else ""
         for row, x in (("bilinear", bilinear), ("brixel", student)):
             _, terms = brixel_loss(x, teacher, lambda_cosine=1)
             terms["cosine"] = 1 - terms["cosine"]
-            errors[-1][1].update({f"{row} {term}": value.item() for term, value in terms.items()})
+            errors += [(f"{row} {term}{end}", value.item()) for term, value in terms.items()]
+        errors.append((f"photos{end}", 1))
         if len(rows) < 4:
             rows.append([image[0].permute(1, 2, 0).numpy(), *pca_rgb(layers[-1], bilinear, student, teacher)])
     model.train()
-    errors = gather_object([*errors, None] if asked else errors)  # of all processes
-    if None in errors:
+    values = {}
+    for name, value in gather_object(errors + [("stopped", 1)] * bool(asked)):         # of all processes
+        values.setdefault(name, []).append(value)
+    if "stopped" in values:
         return None, rows
-    means, sides = {}, sorted({side for side, _ in errors})
-    for side in sides:
-        found, end = [error for s, error in errors if s == side], f" at {side}" if len(sides) > 1 else ""
-        means |= {key + end: sum(error[key] for error in found) / len(found) for key in found[0]}
-        means["photos" + end] = len(found)
-    return means, rows
+    return {name: len(x) if name.startswith("photos") else sum(x) / len(x) for name, x in values.items()}, rows
 
 
 def finish(cfg, model, val_loader, accelerator, asked, n_val):
