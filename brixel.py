@@ -843,7 +843,7 @@ def train(cfg):
                 del recent[-cfg.grad_accum:]
                 left_out += 1
             if bad == 10:
-                raise BrixelError(f"loss or gradients of the last ten steps, to {step}, are not finite: go on from "
+                raise BrixelError(f"loss or gradients of ten steps, to step {step}, are not finite: go on from "
                                   "the last checkpoint with --resume and a lower --lr, or --mixed_precision no")
             rate = batches * cfg.batch_size / (time.time() - clock)
             if step == first + 10 and accelerator.device.type == "cuda":
@@ -889,7 +889,7 @@ def evaluate(model, val_loader, accelerator, asked=()):
     """
     from accelerate.utils import gather_object, tqdm
 
-    sides, errors, rows = {side for *_, side in val_loader.sampler}, [], []            # errors: (name, value)
+    errors, rows = [], []                          # (name, side, value); pictures
     model.eval()
     for _, image in tqdm(val_loader, desc="evaluating", leave=False):
         if asked:
@@ -900,21 +900,23 @@ def evaluate(model, val_loader, accelerator, asked=()):
         with accelerator.autocast():
             student = model.upsampler(small, layers)
         bilinear = F.interpolate(layers[-1], size=teacher.shape[2:], mode="bilinear")
-        end = f" at {image.shape[-1]}" if len(sides) > 1 else ""
+        side = image.shape[-1]
         for row, x in (("bilinear", bilinear), ("brixel", student)):
             _, terms = brixel_loss(x, teacher, lambda_cosine=1)
             terms["cosine"] = 1 - terms["cosine"]
-            errors += [(f"{row} {term}{end}", value.item()) for term, value in terms.items()]
-        errors.append((f"photos{end}", 1))
+            errors += [(f"{row} {term}", side, value.item()) for term, value in terms.items()]
+        errors.append(("photos", side, 1))
         if len(rows) < 4:
             rows.append([image[0].permute(1, 2, 0).numpy(), *pca_rgb(layers[-1], bilinear, student, teacher)])
     model.train()
     values = {}
-    for name, value in gather_object(errors + [("stopped", 1)] * bool(asked)):         # of all processes
-        values.setdefault(name, []).append(value)
-    if "stopped" in values:
+    for name, side, value in gather_object(errors + [("stopped", 0, 1)] * bool(asked)):         # of all processes
+        values.setdefault((name, side), []).append(value)
+    if ("stopped", 0) in values:
         return None, rows
-    return {name: len(x) if name.startswith("photos") else sum(x) / len(x) for name, x in values.items()}, rows
+    several = len({side for _, side in values}) > 1
+    return {f"{name} at {side}" if several else name: len(x) if name == "photos" else sum(x) / len(x)
+            for (name, side), x in values.items()}, rows
 
 
 def finish(cfg, model, val_loader, accelerator, asked, n_val):

@@ -67,7 +67,8 @@ def main(argv=None):
     cfg = brixel.load_config([*COMMON, *flags], "preset", "paper", "")       # its seed is that of the crops
     accelerator, index = Accelerator(mixed_precision="no", cpu=True), data.PhotoIndex(args.val_dir, "--val_dir")
     files = [index.open(i * len(index) // args.val) for i in range(args.val)]
-    photos, kept = [data.read_crop(file, cfg.teacher_size[0])[None] for file in files], all_maps(cfg, accelerator)
+    photos = [(0, data.read_crop(file, cfg.teacher_size[0])[None]) for file in files]
+    kept = all_maps(cfg, accelerator)
     records = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     for seed, variant in itertools.product(args.seeds, args.variants):
         key = {"variant": variant, "seed": seed, "flags": flags}
