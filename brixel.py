@@ -685,25 +685,32 @@ def make_optimizers(upsampler, cfg):
             torch.optim.Muon(matrices, cfg.lr, weight_decay=0, adjust_lr_fn="match_rms_adamw")]
 
 
-def make_accelerator(cfg):
-    """Accelerate as cfg says, whatever the environment says; a loader's batch is that of all processes together."""
-    from accelerate import Accelerator, DataLoaderConfiguration
+def plain_accelerator(grad_accum=1, **options):
+    """Accelerate with these options, whatever `accelerate config` has left in the environment."""
+    from accelerate import Accelerator
     from accelerate.utils import GradientAccumulationPlugin
-    from data import usable_cores
 
     for plugin in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() in ("true", "1"):
             raise BrixelError(f"accelerate is configured for {plugin}, which a network this small does not need: "
                               "choose multi-GPU or no distributed training in `accelerate config`")
     with one_sentence("Accelerate cannot start"):
-        accelerator = Accelerator(
-            cpu=torch.backends.mps.is_available(),                # MPS has no float64, which the rings need
-            mixed_precision=cfg.mixed_precision, dynamo_backend="no",          # compile_parts is what --compile does
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=cfg.grad_accum),
-            log_with=None if cfg.report_to == "none" else cfg.report_to, project_dir=Path(cfg.out).absolute().parent,
-            dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True))
-        if cfg.report_to != "none" and not accelerator.log_with:
-            raise ValueError(f"{cfg.report_to} is not installed (--report_to)")
+        return Accelerator(cpu=torch.backends.mps.is_available(), dynamo_backend="no",          # MPS has no float64
+                           gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=grad_accum), **options)
+
+
+def make_accelerator(cfg):
+    """Accelerate as cfg says; a loader's batch is that of all processes together."""
+    from accelerate import DataLoaderConfiguration
+    from data import usable_cores
+
+    tracker = None if cfg.report_to == "none" else cfg.report_to
+    accelerator = plain_accelerator(
+        cfg.grad_accum, mixed_precision=cfg.mixed_precision, log_with=tracker,
+        project_dir=Path(cfg.out).absolute().parent,
+        dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True))
+    if tracker and not accelerator.log_with:                      # accelerate only warns
+        raise BrixelError(f"{tracker} is not installed (--report_to)")
     if accelerator.device.type == "cpu" and accelerator.num_processes == 1 and torch.get_num_threads() == 1:
         torch.set_num_threads(usable_cores())                     # accelerate's launcher has set them to 1
     return accelerator
@@ -743,9 +750,11 @@ def stop_requests(numbers):
     A second Ctrl-C stops at once; one within a second is the same one, passed on by a launcher.
     """
     def ask(number, frame):
-        if number == signal.SIGINT and asked and time.time() - asked[0] > 1:
+        if number == signal.SIGINT and any(n == number and time.time() - t > 1 for n, t in asked):
             raise KeyboardInterrupt
-        asked.append(time.time())
+        asked.append((number, time.time()))
+        with contextlib.suppress(OSError):         # print may be what the signal interrupts
+            os.write(2, b"\nstopping after this step\n" * (os.environ.get("RANK", "0") == "0"))
 
     asked = []
     with contextlib.ExitStack() as former:
@@ -759,7 +768,7 @@ def optimizer_step(upsampler, optimizers, lr, accelerator=None, stop=False):
     """Apply the gradients, unless they are not finite.
 
     stop: whether this process was asked to stop.   Returns: whether they were finite; whether any process was asked.
-    The only place in a step where the CPU waits for the device.
+    Both are read from the device together, so that a step waits for it once.
     """
     norm = nn.utils.get_total_norm([p.grad for p in upsampler.parameters()])
     flags = torch.stack([norm * 0, torch.full_like(norm, stop)])                       # 0 * inf is nan
@@ -790,13 +799,13 @@ def train(cfg):
     train_ids, val_ids = data.split(len(index), cfg.val_share)
     backbone = load_backbone(cfg.backbone, cfg.weights)
     for side in cfg.teacher_size:
-        if side % (cfg.scale * backbone.patch_size):
+        near = cfg.scale * nearest_side(side / cfg.scale, backbone.patch_size)
+        if side != near:
             raise BrixelError(f"teacher_size {side} must be a multiple of scale x patch size = {cfg.scale} x "
-                              f"{backbone.patch_size} (--teacher_size)")
+                              f"{backbone.patch_size}, such as {near} (--teacher_size)")
     accelerator = make_accelerator(cfg)
     model, upsampler, optimizers = set_up(cfg, backbone, accelerator)
-    settings = {**vars(cfg), "checksum": backbone.checksum, "n_photos": len(index),
-                "processes": accelerator.num_processes}
+    settings = {**vars(cfg), **model.settings, "n_photos": len(index), "processes": accelerator.num_processes}
     first = step = load_checkpoint(accelerator, cfg, model, optimizers, settings) if cfg.resume else 0
     samples_per_step = cfg.batch_size * cfg.grad_accum
     samples = range(step * samples_per_step, cfg.max_steps * samples_per_step)
@@ -809,6 +818,8 @@ def train(cfg):
     accelerator.print(*index.notes, f"settings: {json.dumps(settings)}", f"{samples_per_step} samples a step, "
                       f"{cfg.warmup_epochs * steps_per_epoch:.0f} of {cfg.max_steps} steps of warm-up, "
                       f"{sum(p.numel() for p in upsampler.parameters()):,} parameters, {accelerator.device}", sep="\n")
+    if cfg.cache_crops:
+        accelerator.print(f"the first {cfg.cache_crops // samples_per_step} steps also compute the teacher's maps")
 
     maps_of, skipped_photos, bad, stop = {}, data.Skipped(), 0, False
     recent, batches, left_out, clock = [], 0, 0, time.time()      # since the last line of the log
@@ -861,7 +872,8 @@ def train(cfg):
             if step % cfg.eval_every == 0 and step < cfg.max_steps and not stop:
                 means, _ = evaluate(model, val_loader, accelerator, asked)
                 stop = means is None
-                log(accelerator, cfg, step, means or {})
+                if means:
+                    log(accelerator, cfg, step, means)
             if stop or step % cfg.save_every == 0 or step == cfg.max_steps:
                 save_checkpoint(accelerator, cfg, model, optimizers, settings, step)
             clock += time.time() - pause
@@ -1114,8 +1126,8 @@ def save_checkpoint(accelerator, cfg, model, optimizers, settings, step):
 
 
 # What makes a run what it is: with another of these --resume would be another run.
-SAME_RUN = ("checksum", "scale", "full_rank", "optimizer", "seed", "n_photos", "val_share", "cache_crops", "batch_size",
-            "grad_accum")
+SAME_RUN = ("checksum", "scale", "width", "skip", "stem_width", "full_rank", "optimizer", "seed", "n_photos", "val_share",
+            "cache_crops", "batch_size", "grad_accum")
 
 
 def load_checkpoint(accelerator, cfg, model, optimizers, settings):

@@ -25,7 +25,6 @@ import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.utils import tqdm
 from safetensors.torch import save
 from torch import nn
@@ -424,8 +423,7 @@ def run_benchmark(cfg):
     if min(cfg.size) < 1 or len(cfg.color_jitter) != 4 or cfg.color_jitter[3] > 0.5:
         raise DataError("--size must be 1 or more, --color_jitter four numbers, the last, of the hue, at most 0.5")
     check_workers(cfg.num_workers)
-    # the readout trains in float32: mixed precision is the affair of Features alone; MPS has no float64
-    acc = Accelerator(mixed_precision="no", cpu=torch.backends.mps.is_available())
+    acc = brixel.plain_accelerator(mixed_precision="no")           # for the readout: Features has a precision of its own
     for split in ("train", "val"):                                 # a wrong folder is told before a backbone is fetched
         smallest_batch = min(len(read_split(cfg, split, 1)), (cfg.batch_size + 1) // 2)
         if smallest_batch < acc.num_processes:
@@ -571,10 +569,10 @@ def run_pca(cfg):
     brixel.check_writable(folder / "PHOTO.pca.png")
     if cfg.save_features:
         brixel.check_writable(cfg.save_features, "--save_features")
+    indices = [PhotoIndex(image, flag="--image") for image in cfg.image]      # before CUDA is up: it forks processes
+    print(*(note + "\n" for index in indices for note in index.notes), sep="", end="")
     model = brixel.load(cfg.ckpt, cfg.backbone or None, cfg.weights or None)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    indices = [PhotoIndex(image, flag="--image") for image in cfg.image]
-    print(*(note + "\n" for index in indices for note in index.notes), sep="", end="")
     photos = [(index, i) for index in indices for i in range(len(index))]
     for number, (index, i) in enumerate(photos):
         path = index.name(i).encode("utf-8", "backslashreplace").decode()               # all of it can be written
