@@ -1126,8 +1126,8 @@ def save_checkpoint(accelerator, cfg, model, optimizers, settings, step):
 
 
 # What makes a run what it is: with another of these --resume would be another run.
-SAME_RUN = ("checksum", "scale", "width", "skip", "stem_width", "full_rank", "optimizer", "seed", "n_photos", "val_share",
-            "cache_crops", "batch_size", "grad_accum")
+SAME_RUN = ("checksum", "scale", "width", "skip", "stem_width", "full_rank", "optimizer", "seed", "n_photos",
+            "val_share", "cache_crops", "batch_size", "grad_accum")
 
 
 def load_checkpoint(accelerator, cfg, model, optimizers, settings):
