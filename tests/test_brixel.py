@@ -1,5 +1,4 @@
 """The network, the losses and the checkpoints of brixel.py."""
-
 import json
 import re
 import shutil
@@ -42,16 +41,15 @@ def trained(backbone=None, **options):
     return model
 
 
-def test_network_agrees_with_the_released_one_and_compiles_without_graph_breaks():
+def test_network_agrees_with_the_released_one():
     state, settings = brixel.from_released(tensors("tiny_brixel_weights"), "tiny.pth")
     upsampler = brixel.Upsampler(64, **settings).eval()
     upsampler.load_state_dict(state)
-    compiled = torch.compile(upsampler, fullgraph=True, backend="eager")
-    for network, size in ((upsampler, "64x64"), (upsampler, "48x80"), (compiled, "48x80")):
+    for size in ("64x64", "48x80"):
         io = tensors(f"tiny_io_{size}")
         grid = [side // 16 for side in io["image"].shape[2:]]
         layers = [io[f"backbone.layer{i}.patch"].mT.unflatten(2, grid) for i in range(4)]
-        torch.testing.assert_close(network(io["image"], layers), io["output"], atol=5e-5, rtol=0)
+        torch.testing.assert_close(upsampler(io["image"], layers), io["output"], atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize("patch_size, scale, h, w", [(14, 4, 3, 3), (14, 8, 5, 4), (16, 2, 3, 7)])
@@ -79,12 +77,6 @@ def test_preprocess_normalizes_turns_and_ignores_exif_that_cannot_be_parsed(tmp_
 def test_image_of_another_size_is_refused_with_the_nearest_one(shape, patch_size, words):
     with pytest.raises(BrixelError, match=words):
         trained(Toy(patch_size))(torch.zeros(shape))
-
-
-def test_heads_start_by_looking_one_to_four_tokens_away():
-    bias = brixel.DeformableAttention(64).offsets.bias.view(16, 4, 2)
-    torch.testing.assert_close(bias.abs().amax(-1), torch.arange(1.0, 5).expand(16, 4))
-    torch.testing.assert_close(bias[4, 2], torch.tensor([0.0, 3.0]), atol=1e-5, rtol=0)
 
 
 def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
@@ -125,13 +117,7 @@ def test_principal_components_are_the_exact_ones_and_the_same_at_every_call():
     assert edges[0] == pytest.approx(edges[1], rel=1e-4)                                 # what svd_lowrank adds
 
 
-def test_cosine_loss_of_two_tokens_by_hand():
-    teacher = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]).T.reshape(1, 2, 1, 2) + 5      # (1, 0), (-1, 0) around (5, 5)
-    student = torch.tensor([[0.0, 3.0], [-2.0, 0.0]]).T.reshape(1, 2, 1, 2) + 5      # at a right angle, and parallel
-    assert brixel.cosine_loss(student, teacher, torch.tensor([5.0, 5.0])).item() == pytest.approx(1 - (0 + 1) / 2)
-
-
-def test_brixel_loss_is_the_weighted_sum_of_its_terms_and_taken_in_float32():
+def test_brixel_loss_is_the_weighted_sum_of_its_terms_in_float32_and_its_cosine_term_is_so_by_hand():
     student, teacher = torch.randn(2, 2, 16, 12, 12).bfloat16()
     P, mean = brixel.principal_components(teacher, 4)
     total, terms = brixel.brixel_loss(student, teacher, 0.2, 0.03, 2.0, 4)
@@ -140,6 +126,9 @@ def test_brixel_loss_is_the_weighted_sum_of_its_terms_and_taken_in_float32():
     torch.testing.assert_close(mean, teacher.float().mean((0, 2, 3)))
     assert total == terms["l1"] + 0.2 * terms["edge"] + 0.03 * terms["spectral"] + 2 * terms["cosine"]
     assert total == brixel.brixel_loss(student.float(), teacher.float(), 0.2, 0.03, 2.0, 4)[0]
+    teacher = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]).T.reshape(1, 2, 1, 2) + 5      # (1, 0), (-1, 0) around (5, 5)
+    student = torch.tensor([[0.0, 3.0], [-2.0, 0.0]]).T.reshape(1, 2, 1, 2) + 5      # at a right angle, and parallel
+    assert brixel.cosine_loss(student, teacher, torch.tensor([5.0, 5.0])).item() == pytest.approx(1 - (0 + 1) / 2)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -164,14 +153,7 @@ def test_checkpoint_in_a_folder_or_on_the_hub_rebuilds_its_backbone(tmp_path, mo
         assert (again.backbone.name, again.backbone.weights) == ("timm:test_vit", used)
 
 
-def test_checkpoint_of_another_backbone_is_refused(tmp_path):
-    trained().save(tmp_path / "out.pt")
-    for backbone in ("dinov3", Toy(embed_dim=96), Toy(patch_size=14)):
-        with pytest.raises(BrixelError, match=f"out.pt .*{getattr(backbone, 'name', backbone)}"):
-            brixel.load(tmp_path / "out.pt", backbone)
-
-
-def test_checkpoint_follows_its_backbone_to_another_place_and_knows_it_there(tmp_path):
+def test_checkpoint_follows_its_backbone_to_another_place_and_refuses_another_one(tmp_path):
     config = Dinov2Config(hidden_size=64, num_hidden_layers=4, num_attention_heads=2, image_size=112)
     for folder in ("job1/vit", "other"):
         Dinov2Model(config).save_pretrained(tmp_path / folder)
@@ -182,10 +164,13 @@ def test_checkpoint_follows_its_backbone_to_another_place_and_knows_it_there(tmp
     (tmp_path / "job1").rename(tmp_path / "job2")
     again, x = brixel.load(out, f"hf:{tmp_path}/job2/vit"), torch.randn(1, 3, 56, 56)
     assert torch.equal(again(x), model(x)) and again.settings["backbone"].endswith("job2/vit")
-    for backbone, words in ((f"hf:{tmp_path}/other", "job1/vit, not for .*other .*weights are others"),
-                            (None, "job1/vit .*--backbone"), ("timm:test_vit", "not for timm:test_vit")):
+    trained().save(tmp_path / "toy.pt")
+    for file, backbone, words in ((out, f"hf:{tmp_path}/other", "job1/vit, not for .*other .*weights are others"),
+                                  (out, None, "job1/vit .*--backbone"), (out, "timm:test_vit", "not for timm:test_vit"),
+                                  (tmp_path / "toy.pt", Toy(embed_dim=96), "toy.pt .*toy"),
+                                  (tmp_path / "toy.pt", Toy(patch_size=14), "toy.pt .*toy")):
         with pytest.raises(BrixelError, match=words):
-            brixel.load(out, backbone)
+            brixel.load(file, backbone)
 
 
 def test_released_checkpoint_drops_dead_keys_only(tmp_path):
@@ -203,7 +188,7 @@ def test_released_checkpoint_drops_dead_keys_only(tmp_path):
         brixel.load(path)
 
 
-def test_brixel_alone_in_a_folder_runs_a_checkpoint_and_says_when_it_needs_data(tmp_path):
+def test_brixel_alone_in_a_folder_runs_a_checkpoint_with_torch_alone(tmp_path):
     shutil.copy(ROOT / "brixel.py", tmp_path)
     brixel.Brixel(brixel.load_backbone("timm:test_vit", None)).save(tmp_path / "out.pt")
     code = """
@@ -213,11 +198,9 @@ import brixel
 new = {name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
 assert new <= {"brixel", "torch"}, new
 print(brixel.load("out.pt")(torch.zeros(1, 3, 64, 48)).shape)
-brixel.load_backbone("sample")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert "[1, 64, 16, 12]" in done.stdout and "BrixelError: cannot load backbone sample" in done.stderr
-    assert "No module named 'data'" in done.stderr.splitlines()[-1]
+    assert "[1, 64, 16, 12]" in done.stdout, done.stderr
 
 
 def test_onnx_as_the_readme_writes_it_agrees_with_pytorch_for_any_batch(tmp_path, monkeypatch):

@@ -1,5 +1,4 @@
 """Training photos: reading, cropping, sampling, tar shards."""
-
 import io
 import multiprocessing
 import os
@@ -17,7 +16,7 @@ import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
 from conftest import ROOT, photo
-from PIL import Image, ImageOps
+from PIL import Image
 
 import data
 
@@ -38,22 +37,17 @@ def saved(image, format, **options):
 @pytest.mark.parametrize("format", ["JPEG", "TIFF", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation, corner", [(1, (0, 0)), (2, (0, -1)), (3, (-1, -1)), (4, (-1, 0)), (5, (0, 0)),
                                                  (6, (0, -1)), (7, (-1, -1)), (8, (-1, 0)), (99, (0, 0))])
-def test_exif_rotation_is_applied(format, orientation, corner):
+def test_exif_rotation_is_applied_and_what_cannot_be_parsed_loses_no_picture(format, orientation, corner):
     """corner: where, (row, column), the EXIF standard shows the first stored pixel, which is black in our picture."""
     exif = Image.Exif()
     exif[0x0112] = orientation
+    if orientation == 99 and format != "TIFF":
+        exif = b"Exif\0\0no TIFF at all"
     file = saved(gradient(200, 200), format, exif=exif)
     for pixels in (data.read_crop(file, 64), torch.from_numpy(np.array(data.open_photo(file))).permute(2, 0, 1)):
         red_and_green = pixels[:2, corner[0], corner[1]]
         assert red_and_green.max() < 30 and pixels.amax(dim=(1, 2))[:2].min() > 230
         assert (pixels[0, 0].float().std() < 5) == (orientation in (5, 6, 7, 8))         # red grows along the columns
-
-
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
-def test_exif_that_cannot_be_parsed_does_not_lose_the_picture(format):
-    file, good = (saved(gradient(80, 60), format, **options) for options in ({"exif": b"Exif\0\0no TIFF at all"}, {}))
-    assert torch.equal(data.read_crop(file, 32), data.read_crop(good, 32))
-    assert np.array_equal(ImageOps.exif_transpose(data.open_photo(file).copy()), data.open_photo(good))
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "YCbCr", "1"])
@@ -103,23 +97,19 @@ def test_large_jpeg_is_decoded_at_a_reduced_scale_and_gives_the_same_picture(mon
     assert 100 <= decoded[0] < decoded[1] / 3.5 and (fast - slow).abs().mean() < 3
 
 
-def test_split_is_fixed_disjoint_and_complete():
-    train, val = data.split(10, 0.2)
-    assert val.tolist() == [1, 4] and sorted([*train, *val]) == list(range(10))
-    assert [len(data.split(n, 0.01)[1]) for n in (3, 10**6)] == [1, 256]
-    for n, share in [(1, 0.1), (10, 0.0), (10, 1.0)]:
-        with pytest.raises(data.DataError, match="val_share"):
-            data.split(n, share)
-
-
 def settings(**changes):
     """What make_loaders wants to know of a run."""
     return SimpleNamespace(**{"batch_size": 4, "teacher_size": [64], "min_side": 0, "crop": "random", "crop_min": 0.0,
                               "cache_crops": 0, "num_workers": 0, "seed": 7, **changes})
 
 
-def test_samples_cover_every_epoch_in_a_new_order_and_go_on_wherever_a_run_is_resumed():
-    """Batch b has side b % 3; of 14 cached crops 0 to 3, 12 and 13 are for the first, 4 to 7 for the second."""
+def test_split_is_fixed_and_samples_cover_every_epoch_in_a_new_order_and_go_on_wherever_a_run_is_resumed():
+    """Batch b has side b % 3; a cached crop always has its own, the last element of a sample."""
+    train, val = data.split(10, 0.2)
+    assert val.tolist() == [1, 4] and sorted([*train, *val]) == list(range(10))
+    assert [len(data.split(n, 0.01)[1]) for n in (3, 10**6)] == [1, 256]
+    with pytest.raises(data.DataError, match="val_share"):
+        data.split(1, 0.1)
     several = settings(teacher_size=[64, 96, 64])
     for cfg in (settings(), several, settings(teacher_size=[64, 96, 64], cache_crops=14)):
         samples = list(data.Samples(cfg, 9, range(72)))
@@ -128,11 +118,7 @@ def test_samples_cover_every_epoch_in_a_new_order_and_go_on_wherever_a_run_is_re
         if not cfg.cache_crops:
             orders = [tuple(position for _, position, _ in samples[start:start + 9]) for start in range(0, 72, 9)]
             assert all(sorted(order) == list(range(9)) for order in orders) and len(set(orders)) == 8
-    crops = list(data.Samples(several, 9, range(14)))
-    for k, own in enumerate(([*crops[:4], *crops[12:]], crops[4:8], crops[8:12])):
-        drawn = [sample for n in range(4 * k, 72, 12) for sample in samples[n:n + 4]]
-        passes = [drawn[n:n + len(own)] for n in range(0, 24, len(own))]
-        assert all(sorted(one) == sorted(own) for one in passes) and passes[0] != passes[1]
+    assert {*samples} == {*data.Samples(several, 9, range(14))} and samples[:12] != samples[12:24]       # the cached
     with pytest.raises(data.DataError, match="--cache_crops 8 must be above 8"):
         data.Samples(settings(teacher_size=[64, 96, 64], cache_crops=8), 9, range(4))
 
@@ -151,18 +137,6 @@ def test_photo_that_cannot_be_used_is_named_another_takes_its_place_and_twenty_i
         data.Photos(data.PhotoIndex(photos), [3] * 400 + [4])[0, 1, 64]
 
 
-def test_three_skipped_photos_are_named_and_the_share_is_said_once():
-    small, broken = "{}.jpg: the short side is below min_side 64: {} px", "{}.jpg: the file cannot be read: Error: cut"
-    skipped, short = data.Skipped(), data.Skipped()
-    assert skipped(["", small.format(1, 7), small.format(1, 7), broken.format(2)]) == \
-        [f"skipped {small.format(1, 7)}", f"skipped {broken.format(2)}"] and skipped([""] * 4) == []
-    assert [skipped([small.format(3 + n, n)]) for n in range(2)] == [[f"skipped {small.format(3, 0)}"], []]
-    assert skipped([""] * 1990) == ["of the first 2,000 samples 0.25 % met a photo that cannot be used"]
-    assert skipped([broken] * 2000) == skipped.end() == short.end() == short([""] * 5) == short.end() == []
-    short([broken])
-    assert "first 6 samples 16.7 %" in short.end()[0]
-
-
 def loaders(photos, world=1, process=0, **changes):
     """make_loaders for samples 4 to 15 of eight photos, of which 0, 4 and 7 are held out."""
     prepare = partial(prepare_data_loader, num_processes=world, process_index=process, split_batches=True)
@@ -172,17 +146,12 @@ def loaders(photos, world=1, process=0, **changes):
 
 
 @pytest.mark.parametrize("cache_crops", [0, 9])
-def test_loaders_give_each_process_its_part_and_workers_outlive_signals(cache_crops, photos, fresh_accelerate):
+def test_loaders_give_each_process_its_part(cache_crops, photos, fresh_accelerate):
     for name in ("2", "4", "5", "6"):
         Image.new("RGB", (80, 80)).save(photos / f"{name}.jpg")
     changes = {"teacher_size": [64, 96, 64], "cache_crops": cache_crops}
     train, held_out = loaders(photos, num_workers=1, **changes)
-    whole, parts = [], [list(loaders(photos, 2, k, **changes)[0]) for k in (0, 1)]
-    for batch in train:
-        for worker in multiprocessing.active_children():
-            for number in data.STOP_SIGNALS:
-                os.kill(worker.pid, number)
-        whole.append(batch)
+    whole, parts = list(train), [list(loaders(photos, 2, k, **changes)[0]) for k in (0, 1)]
     assert [crops.shape for _, crops, _ in whole] == [(4, 3, 96, 96), (4, 3, 64, 64), (4, 3, 64, 64)]
     for batch, one, two in zip(whole, *parts, strict=True):
         assert all(torch.equal(batch[i], torch.cat([one[i], two[i]])) for i in (0, 1))
@@ -194,17 +163,8 @@ def test_loaders_give_each_process_its_part_and_workers_outlive_signals(cache_cr
     assert [len(share) for share in shares] == [4, 2] and len(shares[1][1][1]) == 0
 
 
-def test_an_error_in_a_worker_ends_the_program(photos):
-    """It holds the loader, and so its workers, to the very end."""
-    code = """if True:
-        import data, sys
-        photos = data.Photos(data.PhotoIndex(sys.argv[1]), range(8), min_side=999)
-        list(data.DataLoader(photos, sampler=[(0, 0, 64)] * 9, num_workers=1, worker_init_fn=data.ignore_signals))"""
-    done = subprocess.run([sys.executable, "-c", code, photos], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and re.search("DataError: 8 training photos .*--min_side.$", done.stderr)
-
-
-def test_what_hinders_the_loaders_is_one_sentence(photos, monkeypatch, fresh_accelerate):
+def test_what_hinders_the_loaders_is_one_sentence_and_an_error_in_a_worker_ends_the_program(
+        photos, monkeypatch, fresh_accelerate):
     with pytest.raises(data.DataError, match="batch_size 4 .* 3 processes"):
         loaders(photos, 3)
     with pytest.raises(data.DataError, match="^3 held-out photos .*first .*/0.jpg: .*150 px .--data_dir, --min"):
@@ -215,53 +175,48 @@ def test_what_hinders_the_loaders_is_one_sentence(photos, monkeypatch, fresh_acc
     loaders(photos)
     with pytest.raises(data.DataError, match="TMPDIR .76 characters.*--num_workers 0"):
         loaders(photos, num_workers=1)
+    code = """if True:                                            # holds the loader, so its workers, to the very end
+        import data, sys
+        photos = data.Photos(data.PhotoIndex(sys.argv[1]), range(8), min_side=999)
+        list(data.DataLoader(photos, sampler=[(0, 0, 64)] * 9, num_workers=1, worker_init_fn=data.ignore_signals))"""
+    done = subprocess.run([sys.executable, "-c", code, photos], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and re.search("DataError: 8 training photos .*--min_side.$", done.stderr)
 
 
-def write_tar(path, *members):
-    """Photos, by path, and members of other kinds, by TarInfo."""
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for member in members:
-            tar.addfile(member) if isinstance(member, tarfile.TarInfo) else tar.add(member, member.name)
-
-
-def test_tar_shards_are_read_in_place(photos, monkeypatch):
-    """With .json beside the photos, as img2dataset and SA-1B write them."""
-    (photos / "2.json").touch()
-    monkeypatch.setattr("multiprocessing.Pool", pool := Mock(side_effect=multiprocessing.Pool))
-    monkeypatch.setattr("data.usable_cores", lambda: 9)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    write_tar(photos / "0.tar", photos / "1.jpg", photos / "2.jpg", photos / "2.json")
-    write_tar(photos / "1.TAR", photos / "3.jpg", photos / "4.jpg")
-    for place, expected in ((photos, [*range(8), 1, 2, 3, 4]), (photos / "[01].[tT]*", [1, 2, 3, 4])):
-        index = data.PhotoIndex(place)
-        for i, number in enumerate(expected):
-            assert np.array_equal(Image.open(index.open(i)), Image.open(photos / f"{number}.jpg"))
-    assert index.name(3).startswith(f"{photos}/1.TAR at byte ") and index.notes == []
-    assert [call.args for call in pool.call_args_list] == [(1,), (1,)]                   # this process's share of cores
-
-
-def test_what_a_tar_or_a_folder_holds_and_is_no_photo_is_noted(photos, capfd, monkeypatch):
+def test_photos_of_folders_and_tars_are_read_in_place_and_what_is_none_is_noted(photos, capfd, monkeypatch):
+    """With .json beside the photos of a tar, as img2dataset and SA-1B write them."""
     (photos / "deep" / "er").mkdir(parents=True)
     for name in ("a.png", "pca.png", "cat.pca.png", "out.png", "out.jsonl", "out.navi.png", "out.nyu.size.png",
-                 "a.HEIC", "b.heic", "d41d8cd98", "deep/er/b.Tiff", "deep/c.WEBP"):
+                 "2.json", "a.HEIC", "b.heic", "d41d8cd98", "deep/er/b.Tiff", "deep/c.WEBP"):
         (photos / name).touch()
     sparse, link = tarfile.TarInfo("scan.jpg"), tarfile.TarInfo("same.jpg")
     sparse.type, link.type, link.linkname = tarfile.GNUTYPE_SPARSE, tarfile.LNKTYPE, "5.jpg"
-    write_tar(photos / "0.tar", photos / "5.jpg", sparse, link, photos / "6.jpg")
+    for path, members in (("0.tar", (photos / "5.jpg", sparse, link, photos / "2.json", photos / "6.jpg")),
+                          ("4.TAR", (photos / "3.jpg",))):
+        with tarfile.open(photos / path, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for member in members:
+                tar.addfile(member) if isinstance(member, tarfile.TarInfo) else tar.add(member, member.name)
     (photos / "1.tar").write_bytes(b"no tar at all" * 100)
     content = (photos / "0.tar").read_bytes()
     (photos / "2.tar").write_bytes(content[:5000])                                       # a download that broke off
     (photos / "3.tar").write_bytes(content.replace(b"6.jpg", b"6.png"))                  # a damaged header
+    monkeypatch.setattr("multiprocessing.Pool", pool := Mock(side_effect=multiprocessing.Pool))
+    monkeypatch.setattr("data.usable_cores", lambda: 9)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     for place in (photos, photos / "*"):
         monkeypatch.setattr("os.path.exists", asked := Mock(side_effect=os.path.lexists))
         index = data.PhotoIndex(place)
         assert asked.call_count == 1                                                     # not for each file
         names = [*(f"{i}.jpg" for i in range(8)), "a.png", "c.WEBP", "b.Tiff", "pca.png"]
         assert sorted(os.path.basename(path) for path in index.files) == sorted(names)
-        assert [Image.open(index.open(i)).size for i in (12, 13)] == [(180, 150)] * 2 and len(index) == 14
-        reasons = ("8 files .*: 4 .png, 2 .heic, 1 without one, 1 .jsonl$", "0.tar: 2 links", "1.tar .*ReadError",
+        pictures = [np.array(Image.open(index.open(i))) for i in range(12, len(index))]
+        assert index.name(14).startswith(f"{photos}/4.TAR at byte ")
+        for picture, name in zip(pictures, ("5.jpg", "6.jpg", "3.jpg"), strict=True):
+            assert np.array_equal(picture, Image.open(photos / name))
+        reasons = ("9 files .*: 4 .png, 2 .heic, 1 .json, 1 without one, 1 .jsonl$", "0.tar: 2 links", "1.tar .*ReadE",
                    "2.tar .*unexpected end", "3.tar .*damaged")
         assert all(re.search(reason, note) for reason, note in zip(reasons, index.notes, strict=True))
+    assert [call.args for call in pool.call_args_list] == [(1,), (1,)]                   # this process's share of cores
     for name, reason in (("1.tar", "no .jpg .*1.tar cannot be read"), ("[ab].*[cC]", "no .jpg .*2 .heic"),
                          ("nothing", "no such file or folder.*nothing")):
         with pytest.raises(data.DataError, match=f"{reason}.*set --image"):
