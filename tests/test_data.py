@@ -222,11 +222,3 @@ def test_photos_of_folders_and_tars_are_read_in_place_and_what_is_none_is_noted(
         with pytest.raises(data.DataError, match=f"{reason}.*set --image"):
             data.PhotoIndex(photos / name, flag="--image")
     assert capfd.readouterr() == ("", "")                                                # every process has an index
-
-
-def test_what_hinders_the_sample_names_the_variable(monkeypatch):
-    monkeypatch.setattr("pathlib.Path.home", Mock(side_effect=RuntimeError("no home")))
-    for cache, reason in (("/dev/null/cache", "/dev/null"), ("", "home")):
-        monkeypatch.setenv("BRIXEL_CACHE", str(cache))
-        with pytest.raises(data.DataError, match=f"BRIXEL_CACHE.*{reason}"):
-            data.sample_folder("wheel")

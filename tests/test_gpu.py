@@ -70,9 +70,10 @@ class Pictures(list):
 def test_probe_keeps_features_in_float16_and_trains_its_readout_in_float32(fresh_accelerate, precision):
     fresh_accelerate()
     acc = Accelerator(mixed_precision="no")
-    cfg = Namespace(batch_size=2, num_workers=0, mixed_precision=precision, epochs=1, lr=1e-3, weight_decay=0.0)
+    cfg = Namespace(batch_size=2, num_workers=0, mixed_precision=precision, epochs=1, lr=1e-3, weight_decay=0.0,
+                    seed=[0])
     backbone = brixel.load_backbone("timm:test_vit", None).to("cuda")
-    features = probe.Features(Pictures(4), backbone, acc, cfg, room=1e9)
+    features = probe.Features(Pictures(4), backbone, acc, cfg, room={"device": 1e9, "host": 0})
     kept = features.kept["features"]
     assert (kept.dtype, kept.device.type, kept.shape) == (torch.float16, "cuda", (4, 64, 4, 4))
     head = probe.fit([probe.Depth(hidden=8)], features, 64, cfg, acc, seed=0)

@@ -32,10 +32,10 @@ def test_python_example_runs_and_its_shapes_are_true(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("assets").symlink_to(ROOT / "assets")
     exec(re.search(r"```python\n(.*?)```", README, re.DOTALL)[1], names := {})
-    _, _, H, W = names["x"].shape
-    assert H == 224 and torch.isfinite(names["features"]).all()
-    assert names["features"].shape == (1, 384, 4 * H // 14, 4 * W // 14)
-    assert names["tokens"].shape == (1, 384, H // 14, W // 14)
+    B, _, H, W = names["x"].shape
+    assert (B, H) == (2, 224) and torch.isfinite(names["features"]).all()
+    assert names["features"].shape == (B, 384, 4 * H // 14, 4 * W // 14)
+    assert names["tokens"].shape == (B, 384, H // 14, W // 14)
 
 
 def test_the_commands_run_one_after_the_other(photos, benchmarks, fresh_accelerate, in_process):
@@ -46,12 +46,12 @@ def test_the_commands_run_one_after_the_other(photos, benchmarks, fresh_accelera
     for command in COMMANDS:
         script, args = script_and_args(command)
         if script == "brixel.py":
-            in_process(*args, *SMALLER[script], *([] if "--resume" in args else ["--overwrite"]))
+            in_process(*args, *SMALLER[script])
         else:
             fresh_accelerate()
             probe.main([*args, *SMALLER[args[args.index("--task") + 1]]])
     written = {path.name for path in benchmarks.iterdir()}
-    assert {"out.pt", "out.png", "out.jsonl", "out.state", "mine.pt"} <= written
+    assert {"out.pt", "out.png", "out.jsonl", "out.state", "quickstart.pt", "mine.pt", "best.pt"} <= written
     assert {"perched-osprey.pca.png", "out.navi.json"} <= written
 
 
