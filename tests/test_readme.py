@@ -1,4 +1,5 @@
 """What README.md prints must work: its Python, its commands, the figures of the checkpoint."""
+import json
 import re
 import shlex
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import FAST, ROOT
+from PIL import Image
 
 import brixel
 import data
@@ -21,21 +23,13 @@ SMALLER = {"brixel.py": [*FAST, "--save_every", "1"], "pca": ["--size", "56"], "
            "nyu": [*PROBE, "--hidden", "8"], "navi": [*PROBE, "--hidden", "8"]}
 
 
-def script_and_args(command):
-    """("brixel.py", its arguments) of a command; a launcher, its flags and what comes before && are left out."""
-    words = shlex.split(command.split("&& ")[-1])
-    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    return words[at], words[at + 1:]
-
-
 def test_python_example_runs_and_its_shapes_are_true(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("assets").symlink_to(ROOT / "assets")
     exec(re.search(r"```python\n(.*?)```", README, re.DOTALL)[1], names := {})
-    _, _, H, W = names["x"].shape
-    assert H == 224 and torch.isfinite(names["features"]).all()
-    assert names["features"].shape == (1, 384, 4 * H // 14, 4 * W // 14)
-    assert names["tokens"].shape == (1, 384, H // 14, W // 14)
+    assert names["x"].shape == (2, 3, 224, 336) and torch.isfinite(names["features"]).all()
+    assert names["features"].shape == (2, 384, 4 * 224 // 14, 4 * 336 // 14)
+    assert names["tokens"].shape == (2, 384, 224 // 14, 336 // 14)
 
 
 def test_the_commands_run_one_after_the_other(photos, benchmarks, fresh_accelerate, in_process):
@@ -44,15 +38,22 @@ def test_the_commands_run_one_after_the_other(photos, benchmarks, fresh_accelera
     Path("assets").symlink_to(ROOT / "assets")
     assert {"accelerate launch brixel.py --backbone dinov3", "python probe.py --task navi --ckpt out.pt"} < {*COMMANDS}
     for command in COMMANDS:
-        script, args = script_and_args(command)
-        if script == "brixel.py":
-            in_process(*args, *SMALLER[script], *([] if "--resume" in args else ["--overwrite"]))
+        words = shlex.split(command.split("&& ")[-1])             # a launcher and its flags are left out
+        at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        args = words[at + 1:]
+        if words[at] == "brixel.py":
+            in_process(*args, *SMALLER["brixel.py"], *([] if "--resume" in args else ["--overwrite"]))
         else:
             fresh_accelerate()
             probe.main([*args, *SMALLER[args[args.index("--task") + 1]]])
     written = {path.name for path in benchmarks.iterdir()}
     assert {"out.pt", "out.png", "out.jsonl", "out.state", "mine.pt"} <= written
-    assert {"perched-osprey.pca.png", "out.navi.json"} <= written
+    assert "perched-osprey.pca.png" in written
+    for task, metric, worst in (("ade20k", "miou", 1), ("cityscapes", "pixel_accuracy", 1), ("nyu", "rmse_aligned", 10),
+                                ("navi", "angle_mean", 180)):
+        rows = json.loads(Path(f"out.{task}.json").read_text())["rows"]
+        assert [row["row"] for row in rows] == ["baseline", "BRIXEL"] + ["teacher"] * (task == "ade20k")
+        assert all(0 <= row[metric] <= worst for row in rows) and min(Image.open(f"out.{task}.png").size) > 200
 
 
 @torch.no_grad()
