@@ -226,7 +226,7 @@ BENCHMARKS = {
 # 3. Frozen features, and the probe that is trained and scored on them
 
 def memory_room(cfg, acc, root="/sys/fs/cgroup"):
-    """{"device", "host": bytes that each process may keep there}: half of what is free, at most cfg.cache_gb.
+    """Bytes that each process may keep on the host, and on the device: half of what is free, at most cfg.cache_gb.
 
     A container's limit counts (Linux control groups, version 2 or 1; file cache is free).  A CPU is no device.
     """
@@ -234,12 +234,13 @@ def memory_room(cfg, acc, root="/sys/fs/cgroup"):
     for folder, limit, used, cache in (("", "max", "current", "inactive_file"),
                                        ("memory", "limit_in_bytes", "usage_in_bytes", "total_inactive_file")):
         with contextlib.suppress(OSError, ValueError):             # no such file; or "max", no limit
-            limit, used, stat = (Path(root, folder, f"memory.{name}").read_text() for name in (limit, used, "stat"))
-            host.append(int(limit) - int(used) + int(re.search(rf"^{cache} (\d+)", stat, re.M)[1]))
-    free = {"host": min(host) / int(os.environ.get("LOCAL_WORLD_SIZE", acc.num_processes)),
-            "device": torch.cuda.mem_get_info()[0] if acc.device.type == "cuda" else 0}
-    room = torch.tensor([min(n / 2, cfg.cache_gb * 1e9 or n) for n in free.values()], device=acc.device)
-    return dict(zip(free, acc.gather(room).view(-1, 2).amin(0).tolist(), strict=True))      # the same for all
+            limit, used = (int(Path(root, folder, f"memory.{name}").read_text()) for name in (limit, used))
+            host.append(limit - used)
+            host[-1] += int(re.search(rf"^{cache} (\d+)", Path(root, folder, "memory.stat").read_text(), re.M)[1])
+    free = [min(host) / int(os.environ.get("LOCAL_WORLD_SIZE", acc.num_processes)),
+            torch.cuda.mem_get_info()[0] if acc.device.type == "cuda" else 0]
+    room = torch.tensor([min(n / 2, cfg.cache_gb * 1e9 or n) for n in free], device=acc.device)
+    return acc.gather(room).view(-1, 2).amin(0).tolist()           # the same for all
 
 
 class Features:
@@ -248,9 +249,10 @@ class Features:
     Kept is the first of these that has room: features on the device, features on the host, decoded images there,
     nothing.  What is not kept is made anew in every epoch, with the same result; so are features with color jitter,
     four strengths as of ColorJitter.  Each process computes a share and gives it to the others.  A broken file ends
-    the run when it is met: if anything is kept, before any training.   room: of memory_room, less what is kept.
+    the run when it is met: if anything is kept, before any training.
+    room, device_room: of memory_room.   kept_on: {"host", "device": bytes}, what of them is used.
     """
-    def __init__(self, images, model, acc, cfg, room, jitter=(0,)):
+    def __init__(self, images, model, acc, cfg, room, device_room=0, jitter=(0,)):
         self.images, self.model, self.acc, self.cfg = images, model, acc, cfg
         self.jitter = ColorJitter(*jitter) if any(jitter) else None
         n, size = len(images), max(1, cfg.batch_size // acc.num_processes)
@@ -260,9 +262,9 @@ class Features:
         tiers = [("features", "device", ready), ("features", "host", ready), ("images", "host", batch)]
         for what, place, sample in [*tiers[2 if self.jitter else 0:], ("nothing", "host", {})]:
             nbytes = n * sum(value[0].nbytes for value in sample.values())
-            if nbytes <= room[place]:
+            if nbytes <= {"host": room, "device": device_room}[place]:
                 break
-        room[place] -= nbytes
+        self.kept_on = {"host": 0, "device": 0, place: nbytes}
         device = acc.device if place == "device" else "cpu"
         self.kept = {key: value.new_empty((n, *value.shape[1:]), device=device) for key, value in sample.items()}
 
@@ -395,10 +397,10 @@ def example_pictures(probe, features, count=4):
 def run_row(cfg, acc, size, model, scale, backbone):
     """A probe per seed.  -> means (and METRIC_std, and of several sizes the cost), splits, a call for pictures."""
     acc.free_memory()                                              # what the row before has left
-    room = memory_room(cfg, acc)
+    room, device_room = memory_room(cfg, acc)
     splits = [read_split(cfg, split, size, backbone.patch_size, scale) for split in ("train", "val")]
-    train = Features(splits[0], model, acc, cfg, room, cfg.color_jitter)
-    val = Features(splits[1], model, acc, cfg, room)
+    train = Features(splits[0], model, acc, cfg, room, device_room, cfg.color_jitter)
+    val = Features(splits[1], model, acc, cfg, room - train.kept_on["host"], device_room - train.kept_on["device"])
     scores = []
     for seed in cfg.seed:
         readouts = new_readouts(cfg)

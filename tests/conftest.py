@@ -1,4 +1,5 @@
 """Shared by all tests: small photographs, a tiny backbone, and the ways to run brixel.py."""
+import json
 import os
 import subprocess
 import sys
@@ -97,6 +98,11 @@ def error_of(run, *args):
     with pytest.raises(SystemExit) as exit:
         run(*args)
     return str(exit.value.code)
+
+
+def log_of(path):
+    """Records of the steps in the log of the run whose --out is `path`."""
+    return [record for record in map(json.loads, open(path.with_suffix(".jsonl"))) if "loss" in record]
 
 
 def weights_of(path):

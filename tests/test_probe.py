@@ -24,33 +24,31 @@ RELEASED = tensors("probes")
 VALUES = json.loads((FIXTURES / "probes_values.json").read_text())
 
 
-def dpt_parameters(tensors, prefix):
-    """Parameters of a released DPT head, conv_0 the shallowest of its levels, under the names of probe.DPT."""
-    names = {rf"conv_{3 - i}\.": f"project.{i}." for i in range(4)}
-    names |= {rf"ref_{3 - i}\.resConfUnit2\.conv\.": f"after.{i}." for i in range(4)}
-    names |= {rf"ref_{2 - i}\.resConfUnit1\.conv\.": f"before.{i}." for i in range(3)} | {r"out_conv\.": "out."}
-    found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    for old, new in names.items():
-        found = {re.sub(f"^{old}", new, key): value for key, value in found.items()}
-    return found
-
-
 def updated(readout, pred, **batch):
     readout.update(pred, batch)
     return readout.compute()
 
 
 def test_heads_agree_with_the_released_ones():
+    """conv_0 is the shallowest of the released levels."""
+    names = {rf"conv_{3 - i}\.": f"project.{i}." for i in range(4)}
+    names |= {rf"ref_{3 - i}\.resConfUnit2\.conv\.": f"after.{i}." for i in range(4)}
+    names |= {rf"ref_{2 - i}\.resConfUnit1\.conv\.": f"before.{i}." for i in range(3)} | {r"out_conv\.": "out."}
     for name, readout in (("depth", probe.Depth(hidden=32)), ("normal", probe.Normals(hidden=32))):
-        head = readout.head(16)
-        head.load_state_dict(dpt_parameters(RELEASED, f"{name}_head.head."))
+        head, state = readout.head(16), {}
+        for key, value in RELEASED.items():
+            if key.startswith(f"{name}_head.head."):
+                key = key.removeprefix(f"{name}_head.head.")
+                old = next(old for old in names if re.match(old, key))
+                state[re.sub(old, names[old], key)] = value
+        head.load_state_dict(state)
         torch.testing.assert_close(head(RELEASED["feats"]), RELEASED[f"{name}_head_out"], atol=5e-5, rtol=0)
         if name == "depth":
             up = probe.Probe({"depth": head})({"features": RELEASED["feats"], "depth": torch.zeros(2, 1, 32, 48)})
             torch.testing.assert_close(up["depth"], RELEASED["depth_head_out_up_32x48"], atol=5e-5, rtol=0)
 
 
-def test_depth_loss_and_metrics_agree_with_the_released_ones():
+def test_losses_and_metrics_agree_with_the_released_ones_and_mean_iou_with_both_readings():
     pred, batch = RELEASED["depth_pred"], {"depth": RELEASED["depth_gt"], "valid": RELEASED["depth_valid"] > 0}
     total, count = probe.Depth().loss(pred, batch)
     assert (total / count).item() == pytest.approx(VALUES["official.silog_loss beta=0.15"], abs=5e-5)
@@ -60,9 +58,10 @@ def test_depth_loss_and_metrics_agree_with_the_released_ones():
                         ("numpy64.correct per-image scale_shift LSQ over valid only", "_aligned")):
         want = {names[name] + suffix: value for name, value in VALUES[key].items()}
         assert want == pytest.approx({name: got[name] for name in want}, abs=5e-5)
-
-
-def test_normal_loss_and_metrics_agree_with_the_released_ones():
+    maps = {"depth": torch.full((1, 1, 2, 2), 40.0), "valid": torch.ones(1, 1, 2, 2) > 0}
+    for unit, rmse in (("encoded", 5 - 0.05), ("metric", 10 - 0.001)):                   # within the unit's limits
+        depth, _ = probe.new_readouts(Namespace(task="navi", hidden=8, silog_beta=0.15, depth=unit))
+        assert updated(depth, torch.zeros(1, 1, 2, 2), **maps)["rmse"] == pytest.approx(rmse)
     pred, want = RELEASED["normal_pred"], VALUES["official.normal_metrics"]
     batch = {"normal": RELEASED["normal_gt (NaN where invalid)"], "normal_valid": RELEASED["normal_valid"] > 0}
     total, count = probe.Normals().loss(pred, batch)
@@ -71,48 +70,20 @@ def test_normal_loss_and_metrics_agree_with_the_released_ones():
     assert got.pop("angle_median") == pytest.approx(want["ang_med"], abs=probe.Normals.bin / 2)
     assert got == pytest.approx({"angle_mean": want["ang_mean"], "share_11.25": want["t_11.25"],
                                  "share_22.5": want["t_22.5"], "share_30": want["t_30"]}, abs=5e-5)
-
-
-def test_mean_iou_agrees_with_both_readings():
     label, pred = RELEASED["seg.label (255 ignore, classes 4,5 absent)"], RELEASED["seg.pred"]
-    logits = torch.nn.functional.one_hot(pred, 6).permute(2, 0, 1)[None].float()
-    got = updated(probe.Classes(6), logits, label=label[None].to(torch.uint8))
+    got = updated(probe.Classes(6), F.one_hot(pred, 6).permute(2, 0, 1)[None].float(), label=label[None].byte())
     assert got == pytest.approx({"miou": VALUES["numpy.mIoU present classes only"],
                                  "miou_absent_zero": VALUES["official.mIoU 6 classes (absent classes count as 0)"],
                                  "pixel_accuracy": VALUES["official.pixAcc"]}, abs=1e-9)
 
 
-def test_an_image_without_a_valid_pixel_counts_nowhere():
-    pred, maps = torch.rand(2, 2, 3, 4, 4) + 0.1
-    valid, label = torch.ones(2, 1, 4, 4) > 0, torch.randint(3, (2, 4, 4), dtype=torch.uint8)
-    valid[1], label[1] = False, 255
-    batch = {"depth": maps[:, :1], "valid": valid, "normal": maps, "normal_valid": valid, "label": label}
-    first = {key: value[:1] for key, value in batch.items()}
-    for readout, channels in ((probe.Depth, 1), (probe.Normals, 3), (lambda: probe.Classes(3), 3)):
-        x = pred[:, :channels]
-        assert updated(readout(), x, **batch) == pytest.approx(updated(readout(), x[:1], **first))
-        torch.testing.assert_close(readout().loss(x, batch), readout().loss(x[:1], first))
-
-
-def test_depths_are_compared_within_the_limits_that_go_with_their_unit():
-    maps = {"depth": torch.full((1, 1, 2, 2), 40.0), "valid": torch.ones(1, 1, 2, 2) > 0}
-    for unit, rmse in (("encoded", 5 - 0.05), ("metric", 10 - 0.001)):
-        depth, _ = probe.new_readouts(Namespace(task="navi", hidden=8, silog_beta=0.15, depth=unit))
-        assert updated(depth, torch.zeros(1, 1, 2, 2), **maps)["rmse"] == pytest.approx(rmse)
-
-
-class Tiny(torch.nn.Module):
+class Tiny(torch.nn.Conv2d):
     """A backbone of one layer; counts the images it has seen."""
-    name, patch_size, mean, std = "tiny", 8, (0.5,) * 3, (0.5,) * 3
-
-    def __init__(self, width):
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv, self.seen = torch.nn.Conv2d(3, width, 8, 8), 0
+    name, patch_size, mean, std, seen = "tiny", 8, (0.5,) * 3, (0.5,) * 3, 0
 
     def forward(self, x):
         self.seen += len(x)
-        return self.conv(x)
+        return super().forward(x)
 
 
 class Items(list):
@@ -128,12 +99,12 @@ CFG = Namespace(batch_size=3, num_workers=0, lr=0.1, weight_decay=0.0, epochs=3,
 
 
 def items(host=1e9, device=0, jitter=(0,), images=None, cfg=CFG, width=4):
-    acc, room = Accelerator(cpu=True), {"host": host, "device": device}
-    return probe.Features(images or Items(), Tiny(width), acc, cfg, room, jitter)
+    torch.manual_seed(0)
+    return probe.Features(images or Items(), Tiny(3, width, 8, 8), Accelerator(cpu=True), cfg, host, device, jitter)
 
 
 def fitted(features):
-    return probe.fit([probe.Classes(2)], features, features.model.conv.out_channels, features.cfg, features.acc, 1)
+    return probe.fit([probe.Classes(2)], features, features.model.out_channels, features.cfg, features.acc, 1)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -153,12 +124,16 @@ def test_where_features_are_kept_changes_nothing_but_how_often_they_are_computed
         torch.testing.assert_close(other, results[0], atol=1e-6, rtol=1e-5)
 
 
-def test_mixed_precision_rounds_the_features():
-    rounded = items(cfg=Namespace(**{**vars(CFG), "mixed_precision": "bf16"})).kept["features"]
-    assert rounded.dtype == torch.float16 and not torch.equal(rounded, items().kept["features"])
-
-
-def test_no_valid_pixel_is_a_sentence_in_training_and_in_evaluation():
+def test_an_image_without_a_valid_pixel_counts_nowhere_and_none_with_one_is_a_sentence():
+    pred, maps = torch.rand(2, 2, 3, 4, 4) + 0.1
+    valid, label = torch.ones(2, 1, 4, 4) > 0, torch.randint(3, (2, 4, 4), dtype=torch.uint8)
+    valid[1], label[1] = False, 255
+    batch = {"depth": maps[:, :1], "valid": valid, "normal": maps, "normal_valid": valid, "label": label}
+    first = {key: value[:1] for key, value in batch.items()}
+    for readout, channels in ((probe.Depth, 1), (probe.Normals, 3), (lambda: probe.Classes(3), 3)):
+        x = pred[:, :channels]
+        assert updated(readout(), x, **batch) == pytest.approx(updated(readout(), x[:1], **first))
+        torch.testing.assert_close(readout().loss(x, batch), readout().loss(x[:1], first))
     empty, features = items(images=Items(label=255)), items()
     with pytest.raises(DataError, match="no pixel of 7 train images"):
         fitted(empty)
@@ -167,17 +142,15 @@ def test_no_valid_pixel_is_a_sentence_in_training_and_in_evaluation():
 
 
 @pytest.mark.parametrize("host", [1e9, 0])
-def test_color_jitter_changes_features_with_the_epoch_and_nothing_else(host):
-    features = items(host, jitter=(0.2, 0.2, 0.2, 0.05))
+def test_color_jitter_changes_features_with_the_epoch_and_mixed_precision_rounds_them(host):
+    features, plain = items(host, jitter=(0.2, 0.2, 0.2, 0.05)), items()
     order = torch.tensor([2, 5])
     first, again, later = (next(features.batches(order, epoch))["features"] for epoch in (0, 0, 1))
     other = next(features.batches(torch.tensor([5, 2]), 0))["features"].flip(0)
     assert torch.equal(first, again) and torch.equal(first, other) and not torch.equal(first, later)
-    assert not torch.equal(first, next(items().batches(order))["features"])
-
-
-def save_random_checkpoint(path):
-    brixel.Brixel(brixel.load_backbone("timm:test_vit", None)).save(path)
+    assert not torch.equal(first, next(plain.batches(order))["features"])
+    rounded = items(cfg=Namespace(**{**vars(CFG), "mixed_precision": "bf16"})).kept["features"]
+    assert rounded.dtype == torch.float16 and not torch.equal(rounded, plain.kept["features"])
 
 
 SMALL = ["--size", "56", "--epochs", "2", "--batch_size", "4", "--num_workers", "0"]
@@ -186,7 +159,7 @@ SMALL = ["--size", "56", "--epochs", "2", "--batch_size", "4", "--num_workers", 
 @pytest.fixture
 def run(benchmarks, capsys, fresh_accelerate):
     """Runs probe.main beside the benchmarks.  -> (what it printed, the JSON object in the last line)."""
-    save_random_checkpoint("out.pt")
+    brixel.Brixel(brixel.load_backbone("timm:test_vit", None)).save("out.pt")
 
     def run(task, *flags):
         fresh_accelerate()
@@ -194,21 +167,6 @@ def run(benchmarks, capsys, fresh_accelerate):
         printed, warnings = capsys.readouterr()
         return printed + warnings, json.loads(printed.splitlines()[-1])
     return run
-
-
-@pytest.mark.parametrize(("task", "extra", "metric", "worst"), [
-    ("ade20k", [], "miou", 1),
-    ("cityscapes", ["--teacher"], "pixel_accuracy", 1),
-    ("nyu", ["--hidden", "16"], "rmse_aligned", 10),
-    ("navi", ["--hidden", "16", "--split", "dataset"], "angle_mean", 180)])
-def test_task_end_to_end(benchmarks, run, task, extra, metric, worst):
-    printed, out = run(task, "--ckpt", "out.pt", "--limit", "3", *extra)
-    assert out["task"] == task and out["backbone"] == "timm:test_vit" and (out["n_train"], out["n_val"]) == (3, 3)
-    assert [row["row"] for row in out["rows"]] == ["baseline", "BRIXEL"] + ["teacher"] * ("--teacher" in extra)
-    assert all(0 <= row[metric] <= worst for row in out["rows"])
-    assert out["settings"]["epochs"] == 2 and "↑" in printed and "computed once" in printed
-    assert json.loads((benchmarks / f"out.{task}.json").read_text()) == out
-    assert min(Image.open(benchmarks / f"out.{task}.png").size) > 200
 
 
 def test_what_differs_from_the_protocol_is_named_and_the_readout_stays_in_float32(run, monkeypatch):
@@ -223,13 +181,17 @@ def test_what_differs_from_the_protocol_is_named_and_the_readout_stays_in_float3
         "photos are enlarged (the first has 128 x 64 pixels)"]
 
 
-def test_finished_rows_are_in_the_files_whatever_ends_the_next(benchmarks, run, monkeypatch):
+def test_finished_rows_are_in_the_files_whatever_ends_the_next_and_without_matplotlib(benchmarks, run, monkeypatch):
     fits = [probe.fit, probe.fit]                                                       # the third one is too many
-    monkeypatch.setattr(probe, "fit", lambda *args: fits.pop()(*args) if fits else 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(probe, "fit", lambda *args: fits.pop()(*args) if fits else 1 / 0)
         run("ade20k", "--ckpt", "out.pt", "--teacher", "--out", "ended")
     rows = json.loads((benchmarks / "ended.ade20k.json").read_text())["rows"]
     assert [row["row"] for row in rows] == ["baseline", "BRIXEL"] and (benchmarks / "ended.ade20k.png").exists()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)           # importing it fails
+    printed, out = run("ade20k", "--ckpt", "out.pt", "--out", "dull")
+    assert "warning: picture dull.ade20k.png: " in printed and out["matmul"] == "float32"
+    assert json.loads((benchmarks / "dull.ade20k.json").read_text()) == out and len(out["rows"]) == 2
 
 
 def test_several_sizes_and_seeds_give_means_deviations_costs_and_a_plot(benchmarks, run, monkeypatch):
@@ -275,17 +237,7 @@ def test_half_of_what_a_container_leaves_is_room(tmp_path, monkeypatch, folder, 
     for name, text in ((limit, "5000"), (used, "3000"), ("stat", f"anon 9\n{cache} 1000\n")):
         (tmp_path / folder / f"memory.{name}").write_text(text)
     rooms = [probe.memory_room(Namespace(cache_gb=gb), Accelerator(cpu=True), tmp_path) for gb in (0, 1e-6)]
-    assert rooms == [{"host": 1500, "device": 0}, {"host": 1000, "device": 0}]
-
-
-def test_a_broken_matplotlib_costs_no_result(benchmarks, run, photos, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)           # importing it fails
-    printed, out = run("ade20k", "--ckpt", "out.pt", "--size", "48", "64", "--out", "dull")
-    assert len(out["rows"]) == 4 and "warning: picture dull.ade20k.png: " in printed
-    assert json.loads((benchmarks / "dull.ade20k.json").read_text()) == out and out["matmul"] == "float32"
-    saved = benchmarks / "features.safetensors"
-    assert "8 of 8 photos failed" in error_of(pca, benchmarks, "--image", photos, "--save_features", saved)
-    assert len(load_file(saved)) == 8
+    assert rooms == [[1500, 0], [1000, 0]]
 
 
 @pytest.mark.parametrize(("flags", "named"), [
@@ -293,55 +245,45 @@ def test_a_broken_matplotlib_costs_no_result(benchmarks, run, photos, monkeypatc
     (["--task", "ade20k", "--size", "64", "0"], "--size"),
     (["--task", "ade20k", "--color_jitter", "0", "0", "0", "0.6"], "--color_jitter"),
     (["--task", "ade20k", "--out", "no/such"], "--out no/such.ade20k"),
-    (["--task", "pca", "--image", "a.jpg"], "--ckpt")])
-def test_mistakes_are_one_sentence(flags, named, fresh_accelerate):
+    (["--task", "pca", "--image", "a.jpg"], "--ckpt"),
+    (["--task", "ade20k", *SMALL, "--classes", "1"], "allowed are 0 to 1"),
+    (["--task", "ade20k", *SMALL, "--limit", "1"], "--limit")])
+def test_mistakes_are_one_sentence(flags, named, benchmarks, fresh_accelerate, monkeypatch):
+    fresh_accelerate()
+    if named == "--limit":                                         # fewer images than processes
+        monkeypatch.setattr(probe.Accelerator, "num_processes", 2)
     error = error_of(probe.main, [*TINY, *flags])
     assert error.startswith("probe.py: error: ") and named in error
 
 
-def test_labels_above_classes_and_fewer_images_than_processes_are_one_sentence(run, monkeypatch):
-    assert "allowed are 0 to 1" in error_of(run, "ade20k", *TINY, "--classes", "1")
-    monkeypatch.setattr(probe.Accelerator, "num_processes", 2)
-    assert "--limit" in error_of(run, "ade20k", *TINY, "--limit", "1")
-
-
-def pca(folder, *flags):
-    """--task pca with a random checkpoint, into the folder."""
-    save_random_checkpoint(folder / "out.pt")
-    flags = ["--ckpt", folder / "out.pt", "--size", 64, "--out", folder, *flags]
-    probe.main(["--task", "pca", *map(str, flags)])
-
-
-def test_pca_writes_a_panel_per_photo_and_the_features(photos, tmp_path):
+def test_pca_writes_panels_and_features_of_files_tars_and_a_name_twice_and_counts_what_fails(photos, tmp_path, capsys):
     Image.new("RGB", (90, 200), "red").save(photos / "tall.png")
-    saved = tmp_path / "features.safetensors"
-    pca(tmp_path, "--image", photos / "1.jpg", photos / "*.png", "--teacher", "--save_features", saved)
-    features = load_file(saved)
-    shapes = {path.rsplit("/", 1)[1]: tuple(value.shape) for path, value in features.items()}
-    assert shapes == {"1.jpg": (64, 16, 20), "tall.png": (64, 36, 16)}
-    assert all(Image.open(tmp_path / f"{name}.pca.png").width > 500 for name in ("1", "tall"))
-    model = brixel.load(tmp_path / "out.pt")
-    x = model.preprocess(Image.open(photos / "1.jpg"), 64)
-    torch.testing.assert_close(features[str(photos / "1.jpg")], model(x)[0])
-
-
-def test_pca_of_tars_of_a_name_twice_and_of_a_photo_that_fails(photos, tmp_path, capsys):
     with tarfile.open(tmp_path / "two.tar", "w") as tar:
         for name in ("1.jpg", "2.jpg"):
             tar.add(photos / name, name)
     (tmp_path / "damaged.tar").write_bytes(b"no tar" * 200)
     (photos / "0.jpg").write_bytes(b"")
-    images = [tmp_path / "*.tar", *(photos / f"{i}.jpg" for i in (0, 1, 3, 1))]
-    assert error_of(pca, tmp_path, "--image", *images).startswith("probe.py: error: 1 of 6 photos")
+    model = brixel.Brixel(brixel.load_backbone("timm:test_vit", None)).eval()
+    model.save(tmp_path / "out.pt")
+    flags = ["--task", "pca", "--ckpt", tmp_path / "out.pt", "--size", 64, "--out", tmp_path, "--teacher", "--image",
+             tmp_path / "*.tar", *(photos / f"{i}.jpg" for i in (0, 1, 1)), photos / "*.png", "--save_features",
+             tmp_path / "features.safetensors"]
+    message = error_of(probe.main, [*map(str, flags)])
+    assert message.startswith("probe.py: error: 1 of 6 photos")
     printed = capsys.readouterr().out
     assert "damaged.tar" in printed and f"{photos / '0.jpg'} failed: " in printed
-    assert [len(list(tmp_path.glob(f"{stem}.pca.png"))) for stem in ("two_*", "1", "1_*", "3")] == [2, 1, 1, 1]
+    assert [len(list(tmp_path.glob(f"{stem}.pca.png"))) for stem in ("two_*", "1", "1_*", "tall")] == [2, 1, 1, 1]
+    assert Image.open(tmp_path / "tall.pca.png").width > 500
+    features = load_file(tmp_path / "features.safetensors")
+    assert features[str(photos / "tall.png")].shape == (64, 36, 16)
+    x = model.preprocess(Image.open(photos / "1.jpg"), 64)
+    torch.testing.assert_close(features[str(photos / "1.jpg")], model(x)[0])
 
 
-def test_page_holds_the_photo_the_colors_and_what_gives_the_similarities(tmp_path):
+def test_page_holds_the_photo_and_what_gives_the_colors_and_similarities(tmp_path):
     """As the script of the page reads them."""
-    image, (C, side) = Image.fromarray(photo(np.random.default_rng(0))), (80, 12)
-    maps = {"ViT": torch.randn(1, C, 6, 9), "BRIXEL": torch.randn(1, C, side, side) + 1}
+    image = Image.fromarray(photo(np.random.default_rng(0)))
+    maps = {"ViT": torch.randn(1, 80, 6, 9), "BRIXEL": torch.randn(1, 80, 12, 12) + 1}
     probe.write_page(tmp_path / "a <b>.html", image, maps)
     page = json.loads(re.search(r'id="data">(.*?)</script>', (tmp_path / "a <b>.html").read_text("utf-8"))[1])
     assert Image.open(io.BytesIO(b64decode(page["photo"].partition(",")[2]))).size == image.size
