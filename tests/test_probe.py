@@ -251,7 +251,7 @@ def test_half_of_what_a_container_leaves_is_room(tmp_path, monkeypatch, folder, 
 def test_mistakes_are_one_sentence(flags, named, benchmarks, fresh_accelerate, monkeypatch):
     fresh_accelerate()
     if named == "--limit":                                         # fewer images than processes
-        monkeypatch.setattr(probe.Accelerator, "num_processes", 2)
+        monkeypatch.setattr(Accelerator, "num_processes", 2)
     error = error_of(probe.main, [*TINY, *flags])
     assert error.startswith("probe.py: error: ") and named in error
 
