@@ -109,7 +109,7 @@ def test_a_mistake_in_the_config_is_one_sentence(tmp_path, line, words):
     (["--lr", "nan"], "--lr"), (["--max_step", "5"], "--max_step"), (["--val_share", "1"], "--val_share"),
     (["--num_workers", "-1"], "--num_workers"),
     (["--preset", "ade20k"], "--preset.*'ade20k'"), (["--optimizer", "sgd"], "--optimizer.*'sgd'.*adam.*muon"),
-    (["--teacher_size", "130"], "4 x 16 .--teacher_size"),
+    (["--teacher_size", "130"], "4 x 16, such as 128 .--teacher_size"),
     (["--backbone", "dinov9"], "'dinov9'.*dinov3_vitb16.*sample.*siglip2"),
     (["--data_dir", "no/such/folder", "--backbone", "dinov9"], "no/such/folder.*--data_dir"),
     (["--out", "no/such/folder/out.pt"], "--out .*no/such/folder"), (["--out", "out.bin"], "--out out.bin"),
@@ -358,7 +358,7 @@ def test_steps_that_are_not_finite_and_a_full_disk_leave_the_last_good_checkpoin
     assert all(math.isfinite(record["loss"]) for record in log_of(out))
     calls, bad = itertools.count(1), range(3, 99)
     message = error_of(in_process, *common, "--max_steps", 99, "--overwrite")
-    assert "to 12" in message and "--resume" in message and "--lr" in message and saved_step(out) == 11
+    assert "step 12" in message and "--resume" in message and "--lr" in message and saved_step(out) == 11
     assert all(torch.isfinite(value).all() for value in weights_of(out).values())
     no_space, bad = Mock(side_effect=RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64")), ()
     call_at(monkeypatch, "save_checkpoint", 3, lambda: monkeypatch.setattr(torch, "save", no_space))
