@@ -551,12 +551,14 @@ def write_page(path, photo, maps):
                        "colors": b64encode(colors.tobytes()).decode(),
                        "features": b64encode(reduced.to(torch.int8).numpy().tobytes()).decode()})
     low = torch.cat(similarities, dim=1).median().clamp(0, 0.9).item()          # where the color scale starts
+    y, x = divmod((tokens @ tokens.mean(0)).argmin().item(), w)    # what is least like the whole: mostly the subject
     small = photo.convert("RGB")
     small.thumbnail((1024, 1024))
     small.save(buffer := io.BytesIO(), "JPEG", quality=88)
     data = {"title": Path(path).stem, "photo": "data:image/jpeg;base64," + b64encode(buffer.getvalue()).decode(),
             "width": photo.width, "height": photo.height, "maps": panels,
-            "low": round(low, 1), "channels": C, "difference": max(differences)}
+            "low": round(low, 1), "channels": C, "difference": max(differences),
+            "start": {"x": (x + 0.5) / w, "y": (y + 0.5) / h}}
     page = Path(__file__).with_name("assets").joinpath("explore.html").read_text("utf-8")
     with brixel.atomic(path) as temporary:
         temporary.write_text(page.replace("DATA", json.dumps(data).replace("<", "\\u003c")), "utf-8")

@@ -1,6 +1,5 @@
 """Is BRIXEL worth its price?  Beside larger images and other upsamplers, on photographs it was not trained on.
 
-    python tests/compare.py --photos PHOTOS --size 112 --ckpt assets/sample.safetensors
     python tests/compare.py --photos PHOTOS --size 224 --ckpt a.pt b.pt --hub wimmerth/anyup:anyup_multi_backbone
 
 The teacher sees the central square of each photo at `scale` times --size, all others see that made smaller.  Rows:

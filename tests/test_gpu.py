@@ -43,18 +43,16 @@ def test_stopped_run_resumes_closely(in_process, photos, tmp_path, monkeypatch):
     common, whole, parts = [*FAST, *FULL, "--data_dir", photos, "--max_steps", 7], tmp_path / "a.pt", tmp_path / "b.pt"
     in_process(*common, "--out", whole)
     real = brixel.optimizer_step
-    with monkeypatch.context() as patch:           # a signal in the first step
+    with monkeypatch.context() as patch:           # a signal at the end of the first step: the second notices it
         patch.setattr(brixel, "optimizer_step", lambda *args: signal.raise_signal(signal.SIGTERM) or real(*args))
-        assert "after step 1" in error_of(in_process, *common, "--out", parts)
+        assert "after step 2" in error_of(in_process, *common, "--out", parts)
     first = parameters(parts)
     in_process(*common, "--out", parts, "--resume")
-    assert len(log_of(parts)) == 7
     # without Adam's moments, or with other stochastic depth, it is 0.6; noise of 1e-6 in the gradients makes 0.002
     assert (parameters(parts) - parameters(whole)).norm() < 0.1 * (parameters(whole) - first).norm()
 
 
 def test_paper_run_of_vit_b_fits_into_40_gb(in_process, photos, tmp_path):
-    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     in_process("--backbone", "dinov3_vitb16", "--weights", "none", "--data_dir", photos, "--out", tmp_path / "out.pt",
                "--min_side", 100, "--max_steps", 2, "--num_workers", 4)      # batch 16, 1024 px; photos are enlarged

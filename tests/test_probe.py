@@ -1,7 +1,8 @@
 """Readouts, losses and metrics against the released code's numbers and by hand; every task through the command line."""
-import io
 import json
 import re
+import shutil
+import subprocess
 import sys
 import tarfile
 from argparse import Namespace
@@ -286,7 +287,6 @@ def test_page_holds_the_photo_and_what_gives_the_colors_and_similarities(tmp_pat
     maps = {"ViT": torch.randn(1, 80, 6, 9), "BRIXEL": torch.randn(1, 80, 12, 12) + 1}
     probe.write_page(tmp_path / "a <b>.html", image, maps)
     page = json.loads(re.search(r'id="data">(.*?)</script>', (tmp_path / "a <b>.html").read_text("utf-8"))[1])
-    assert Image.open(io.BytesIO(b64decode(page["photo"].partition(",")[2]))).size == image.size
     assert page["title"] == "a <b>" and 0 < page["difference"] < 0.1
     for shown, (name, features), colors in zip(page["maps"], maps.items(), brixel.pca_rgb(*maps.values()), strict=True):
         tokens = torch.frombuffer(bytearray(b64decode(shown["features"])), dtype=torch.int8).view(-1, shown["dims"])
@@ -294,6 +294,17 @@ def test_page_holds_the_photo_and_what_gives_the_colors_and_similarities(tmp_pat
         assert (tokens @ tokens.T - exact @ exact.T).abs().mean() < 1.5 * page["difference"]
         assert (shown["name"], shown["h"], shown["w"]) == (name, *features.shape[2:])
         assert b64decode(shown["colors"]) == colors.tobytes()
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+def test_page_renders_in_a_browser_and_starts_on_what_is_least_like_the_rest(tmp_path):
+    path, odd = tmp_path / "a.html", torch.ones(1, 8, 4, 6)
+    odd[..., 1, 4] = -1
+    probe.write_page(path, Image.new("RGB", (60, 40)), {"ViT": odd, "BRIXEL": odd})
+    command = ["chromium", "--headless=new", "--no-sandbox", "--dump-dom", f"file://{path}"]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=100).stdout
+    assert [float(x) for x in re.findall(r"--point-[xy]: ([\d.]+)", dom)][:2] == pytest.approx([4.5 / 6, 1.5 / 4])
+    assert re.findall(r"<output[^>]*>([^<]+)", dom) == ["1.00", "1.00"] and not re.search(r"(src|href)=\"http", dom)
 
 
 def test_cost_counts_every_multiplication_and_times_what_training_compiles(capsys, monkeypatch):

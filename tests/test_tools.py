@@ -3,7 +3,7 @@ import ablate
 import bench
 import numpy as np
 import voc
-from compare import main, paired
+from compare import main
 from conftest import error_of
 from render import save
 
@@ -15,12 +15,6 @@ class twice(torch.nn.Module):
         return torch.nn.functional.interpolate(features, size=output_size, mode="bilinear")
 """
 SMALL = "--backbone timm:test_vit --weights none --teacher_size 128 --batch_size 2 --mixed_precision no".split()
-
-
-def test_paired_by_hand():
-    ours, theirs = ([{"l1": x, "cosine": x} for x in values] for values in ((1, 1, 7), (2, 2, 2)))
-    found = [paired(ours, theirs, term) for term in ("l1", "cosine")]     # -1, -1, 5: deviation sqrt(12), by sqrt(3)
-    assert found == ["+1.000 ± 2.000 (2)", "+1.000 ± 2.000 (1)"]
 
 
 def test_a_bilinear_hub_equals_the_bilinear_row_and_a_checkpoint_does_not(photos, tmp_path, capsys):
