@@ -884,6 +884,7 @@ def train(cfg):
             accelerator.print(line)
         if not stop:
             stop = finish(cfg, model, val_loader, accelerator, asked, len(val_ids))
+    accelerator.wait_for_everyone()                # gloo's threads let go of what was gathered, or torch 2.10 may hang
     accelerator.end_training()
     if stop:
         said = f"\nstopped by a signal after step {step}; to go on, add --resume"
