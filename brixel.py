@@ -1091,6 +1091,20 @@ def write_panel(path, titles, rows, inches=2.6):
         figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.05)
 
 
+def print_table(rows):
+    """Print rows of cells: first column left, others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
+        print(first.ljust(widths[0]), *map(str.rjust, others, widths[1:]), sep="  ")
+
+
+def duration(seconds):
+    """Seconds as a person says them: "40 seconds", "12 minutes", "2.8 hours"."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.2g} hours"
+
+
 @contextlib.contextmanager
 def only_warn(what):
     """An error within, in what is not worth a run, is a line on the console: `what` and the reason."""
