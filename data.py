@@ -1,5 +1,4 @@
 """Data for BRIXEL: photographs to train on, as files or in tar shards, and the benchmarks of the probes."""
-import atexit
 import collections
 import contextlib
 import functools
@@ -12,7 +11,6 @@ import multiprocessing
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import tarfile
@@ -23,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 
 class DataError(ValueError):
@@ -244,59 +242,45 @@ class Skipped:
         return [f"of the first {samples:,} samples {percent:.3g} % met a photo that cannot be used"]
 
 
-@functools.lru_cache(4)        # of the photos, and of cached crops: with several sides lists of at most three lengths
-def order(length, seed, epoch):
-    """Permutation of 0..length-1: (length,) int64."""
-    return torch.randperm(length, generator=torch.Generator().manual_seed((seed << 20) + epoch))
-
-
 class Samples(Sampler):
-    """Items of Photos, (number of the crop, position, side), for the samples of a range, by their numbers alone.
+    """Items of Photos, (number of the crop, position, side), for a range of samples; each depends on its number alone.
 
-    Batch b has the side teacher_size[b % S].  Without cache_crops sample n is crop n.  With it batch b draws from those
-    of the first cache_crops crops which, without, are in batches b % S, b % S + S, ...   Raises: DataError for too few.
+    Batches take the S sides in turns.  Without cache_crops, sample n is crop n.  With it, a crop is drawn again and again
+    at the side and the place in a batch that it has without: it always comes to the same process, however many there are.
+    Raises: DataError if there are fewer crops than sides and places.
     """
     def __init__(self, cfg, n_photos, samples):
         self.batch_size, self.sides, self.seed = cfg.batch_size, np.ravel(cfg.teacher_size).tolist(), cfg.seed
-        self.n_photos, self.samples, too_few = n_photos, samples, (len(self.sides) - 1) * cfg.batch_size
-        if 0 < cfg.cache_crops <= too_few:
-            raise DataError(f"--cache_crops {cfg.cache_crops} must be above {too_few} (--batch_size, --teacher_size)")
-        self.cached = [[n for n in range(cfg.cache_crops) if n // cfg.batch_size % len(self.sides) == k]
-                       for k in range(len(self.sides))]
+        self.n_photos, self.samples, self.cache_crops, self.orders = n_photos, samples, cfg.cache_crops, {}
+        self.places = len(self.sides) * cfg.batch_size
+        if 0 < cfg.cache_crops < self.places:
+            raise DataError(f"--cache_crops {cfg.cache_crops} must be {self.places} or more, the product of --batch_size "
+                            "and the number of sizes (--teacher_size)")
 
     def __len__(self):
         return len(self.samples)
 
-    def draw(self, n, length):
-        """Draw number n from 0..length-1: every epoch has all of them, in a new order."""
-        return int(order(length, self.seed, n // length)[n % length])
+    def draw(self, n, length, place=0):
+        """Draw number n from 0..length-1: every epoch has all of them, in a new order, of its own for each place."""
+        epoch, i = divmod(n, length)
+        if self.orders.get((place, length), (-1,))[0] != epoch:
+            generator = torch.Generator().manual_seed((self.seed << 32) + (place << 20) + epoch)
+            self.orders[place, length] = epoch, torch.randperm(length, generator=generator).tolist()
+        return self.orders[place, length][1][i]
 
     def __iter__(self):
         for n in self.samples:
-            batch, i = divmod(n, self.batch_size)
-            turn, k = divmod(batch, len(self.sides))
-            own = self.cached[k]
-            number = own[self.draw(turn * self.batch_size + i, len(own))] if own else n
-            yield number, self.draw(number, self.n_photos), self.sides[k]
+            turn, place = divmod(n, self.places)
+            number, own = n, range(place, self.cache_crops, self.places)
+            if self.cache_crops:
+                number = own[self.draw(turn, len(own), place)]
+            yield number, self.draw(number, self.n_photos), self.sides[place // self.batch_size]
 
 
-# What asks a run to stop, as far as the platform has it: batch systems, Ctrl-C, SLURM's --signal, a closed terminal
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
-
-
-def ignore_signals(worker_id):
-    """worker_init_fn: signals are for the main process, which saves first and then ends its workers."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-@atexit.register
-def end_workers():
-    """At exit: kill workers that the traceback of an error still holds; they ignore multiprocessing's SIGTERM."""
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)           # torch would call it an error
-            process.kill()
+def collate(items):
+    """Items of Photos -> numbers, a list that stays on the host; crops (B, 3, side, side); strings, a list."""
+    numbers, crops, skipped = zip(*items)
+    return list(numbers), default_collate(list(crops)), list(skipped)
 
 
 def check_workers(num_workers):
@@ -306,11 +290,12 @@ def check_workers(num_workers):
         raise DataError(f"TMPDIR ({length} characters) is too long for a socket: shorten it, or set --num_workers 0")
 
 
-def make_loaders(cfg, index, train_ids, val_ids, samples, accelerator):
+def make_loaders(cfg, index, train_ids, val_ids, samples, accelerator, init_worker=None):
     """Loaders of the training samples numbered `samples`, a range of whole batches, and of the held-out photos.
 
     cfg: the settings of brixel.py; batch_size is that of all processes, which get a part of each batch.
-    The first yields crops' numbers (B,), crops (B, 3, S, S) uint8, and B strings, as Photos; the second, of this
+    init_worker: is called in every worker.
+    The first yields crops' numbers, a list, crops (B, 3, S, S) uint8, and B strings, as Photos; the second, of this
     process's share, number and central crop (1, 3, S, S), (0, 3, S, S) if it cannot be used, at one side after another.
     """
     world = accelerator.num_processes
@@ -324,9 +309,9 @@ def make_loaders(cfg, index, train_ids, val_ids, samples, accelerator):
     for side in sides:
         held_out[0, 0, side]                       # raises, if none of them can be used
     own = [(i, i, side) for side in sides for i in range(accelerator.process_index, len(val_ids), world)]
-    workers = {"num_workers": cfg.num_workers, "worker_init_fn": ignore_signals, "generator": torch.Generator(),
+    workers = {"num_workers": cfg.num_workers, "worker_init_fn": init_worker, "generator": torch.Generator(),
                "pin_memory": torch.cuda.is_available()}      # a generator of its own: no loader disturbs a resume
-    loader = DataLoader(photos, cfg.batch_size, sampler=samples, **workers)
+    loader = DataLoader(photos, cfg.batch_size, sampler=samples, collate_fn=collate, **workers)
     return accelerator.prepare(loader), DataLoader(held_out, None, sampler=own, collate_fn=held_out_crop, **workers)
 
 

@@ -458,7 +458,7 @@ def run_benchmark(cfg):
         del draw                                                   # and with it what is kept of this row
         acc.print(f"{row} at {size} pixels, in {stem}.json:", record)
     if acc.is_main_process:
-        brixel.print_table(table_cells(result))
+        print_table(table_cells(result))
         print("differs from the paper's protocol:", "; ".join(result["deviations"]) or "settings: none; see README")
         print(json.dumps(result, allow_nan=False))
 
@@ -477,6 +477,13 @@ def deviations(cfg, splits, backbone):
     if min(photo.size) < splits[1].scale * max(cfg.size):
         notes.append(f"photos are enlarged (the first has {photo.width} x {photo.height} pixels)")
     return notes
+
+
+def print_table(rows):
+    """Print rows of cells: first column left, others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
+        print(first.ljust(widths[0]), *map(str.rjust, others, widths[1:]), sep="  ")
 
 
 def table_cells(result):
@@ -652,7 +659,7 @@ def run_cost(cfg):
                     module(x)
                     records[-1]["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
     cells = [[f"{x:.3g}" if isinstance(x, float) else str(x) for x in record.values()] for record in records]
-    brixel.print_table([list(records[0]), *cells])
+    print_table([list(records[0]), *cells])
     print(json.dumps({"task": "cost", "device": machine, "torch": torch.__version__, "rows": records,
                       "matmul": "tf32" if device == "cuda" else "float32", "settings": vars(cfg)}, allow_nan=False))
 

@@ -49,7 +49,7 @@ def all_maps(cfg, accelerator):
 
 def train(flags, kept, photos, accelerator):
     """Train on the crops whose maps are `kept`.   Returns: mean errors of bilinear and of BRIXEL on `photos`."""
-    with (tempfile.TemporaryDirectory() as folder, mock.patch("brixel.finish", return_value=False),
+    with (tempfile.TemporaryDirectory() as folder, mock.patch("brixel.Run.finish"),
           mock.patch("brixel.cached_pass", lambda _, *inputs, real=brixel.cached_pass: real(kept, *inputs)),
           mock.patch("data.read_crop", lambda *_, **__: torch.empty(0))):                # nothing is decoded
         brixel.main([*flags, "--out", f"{folder}/out.pt"])

@@ -52,8 +52,6 @@ def tiny_dinov3(**options):
     ("dinov2_vits14", 14, 384, 12), ("dinov2_vitb14", 14, 768, 12), ("dinov2_vitl14", 14, 1024, 24)])
 def test_registry_row_is_a_frozen_vit_without_its_head(name, patch_size, width, depth, monkeypatch):
     assert brixel.BACKBONES[name].removeprefix("timm:") in timm.list_pretrained()
-    monkeypatch.setattr(brixel, "check_tokens", lambda backbone: None)      # there are no tokens on meta
-    monkeypatch.setattr(torch.Tensor, "numpy", lambda values: memoryview(b""))              # and no values
     with torch.device("meta"):
         backbone = load_backbone(name, weights=None)
     assert (backbone.patch_size, backbone.embed_dim, len(backbone.model.blocks)) == (patch_size, width, depth)
@@ -183,7 +181,7 @@ def test_backbone_that_cannot_be_loaded_is_one_sentence(name, weights, tmp_path,
     monkeypatch.chdir(tmp_path)
     if name[3:] in TRANSFORMERS:
         save_transformers(name[3:], name[3:])
-    with pytest.raises(BrixelError, match=f"backbone .*{name}.*--backbone") as caught:
+    with pytest.raises(BrixelError, match=f"backbone .*{name}.*sample") as caught:
         load_backbone(name, weights)
     assert "\n" not in str(caught.value)
 

@@ -62,21 +62,29 @@ def test_output_starts_bilinear_at_scale_times_the_grid_and_images_do_not_mix(pa
     torch.testing.assert_close(model(x[1:]), model(x)[1:], atol=1e-5, rtol=1e-5)
 
 
-def test_preprocess_normalizes_turns_and_ignores_exif_that_cannot_be_parsed(tmp_path):
+def test_preprocess_normalizes_turns_and_ignores_exif_that_cannot_be_parsed_and_refuses_what_is_no_photo(tmp_path):
     turned = Image.Exif()
     turned[0x0112] = 6
     for exif, shape in ((turned, (1, 3, 96, 64)), (b"Exif\0\0no TIFF at all", (1, 3, 64, 96))):
         Image.new("RGB", (301, 200), (255, 0, 0)).save(tmp_path / "photo.png", exif=exif)
         x = trained().preprocess(Image.open(tmp_path / "photo.png"), 64)
         assert x.shape == shape and x[0, :, 0, 0].tolist() == [2, -2, -2]
-    assert trained().bfloat16().preprocess(Image.new("L", (8, 8))).dtype == torch.bfloat16
+    assert trained().bfloat16().preprocess(Image.new("L", (32, 32))).dtype == torch.bfloat16
+    clear = trained().preprocess(Image.new("RGBA", (32, 32), (0, 0, 0, 0)))
+    assert clear.unique().tolist() == [2]                          # white
+    good, bad = Image.new("RGB", (90, 60)), Image.new("I;16", (90, 60))
+    for image, size, words in ((bad, 64, "not one of mode I;16"), ("a.jpg", 64, "not str"), (torch.zeros(3, 64, 64), 64, "not Tensor"),
+                               (good, 31, "31 pixels"), (good, -5, "-5 pixels"), (good, (64, 65), "64 x 64")):
+        with pytest.raises(BrixelError, match=words):
+            trained().preprocess(image, size)
 
 
 @pytest.mark.parametrize("shape, patch_size, words", [
     ((1, 3, 64, 50), 16, "64 x 48"), ((1, 3, 28, 58), 14, "28 x 58 .*42 x 56"), ((3, 64, 64), 16, "B, 3, H, W")])
 def test_image_of_another_size_is_refused_with_the_nearest_one(shape, patch_size, words):
-    with pytest.raises(BrixelError, match=words):
-        trained(Toy(patch_size))(torch.zeros(shape))
+    for image, said in ((torch.zeros(shape), words), (torch.zeros(1, 3, 64, 64).byte(), "uint8"), ("a.jpg", "not str")):
+        with pytest.raises(BrixelError, match=said):
+            trained(Toy(patch_size))(image)
 
 
 def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
@@ -135,7 +143,7 @@ def test_brixel_loss_is_the_weighted_sum_of_its_terms_in_float32_and_its_cosine_
 @pytest.mark.parametrize("options", [{}, {"scale": 2, "width": 32}, {"scale": 8, "full_rank": True, "skip": "half"}])
 def test_checkpoint_round_trip(tmp_path, suffix, options):
     model, path, x = trained(**options), tmp_path / f"out{suffix}", torch.randn(1, 3, 64, 64)
-    default = {"backbone": "toy", "weights": "pretrained", "checksum": None, "embed_dim": 64, "patch_size": 16,
+    default = {"backbone": "toy", "weights": "pretrained", "fingerprint": None, "embed_dim": 64, "patch_size": 16,
                "scale": 4, "width": 64, "skip": "full", "stem_width": 64, "full_rank": False}
     model.save(path, note="one")
     again = brixel.load(path, model.backbone, drop_path=0.1)
@@ -153,7 +161,7 @@ def test_checkpoint_in_a_folder_or_on_the_hub_rebuilds_its_backbone(tmp_path, mo
         assert (again.backbone.name, again.backbone.weights) == ("timm:test_vit", used)
 
 
-def test_checkpoint_follows_its_backbone_to_another_place_and_refuses_another_one(tmp_path):
+def test_checkpoint_follows_its_backbone_to_another_place_and_warns_of_other_weights(tmp_path, capsys):
     config = Dinov2Config(hidden_size=64, num_hidden_layers=4, num_attention_heads=2, image_size=112)
     for folder in ("job1/vit", "other"):
         Dinov2Model(config).save_pretrained(tmp_path / folder)
@@ -164,9 +172,12 @@ def test_checkpoint_follows_its_backbone_to_another_place_and_refuses_another_on
     (tmp_path / "job1").rename(tmp_path / "job2")
     again, x = brixel.load(out, f"hf:{tmp_path}/job2/vit"), torch.randn(1, 3, 56, 56)
     assert torch.equal(again(x), model(x)) and again.settings["backbone"].endswith("job2/vit")
+    assert "warning" not in capsys.readouterr().err
+    brixel.load(out, f"hf:{tmp_path}/other")
+    assert re.search("^warning: .*other are not those that .*out.pt was trained with", capsys.readouterr().err, re.M)
     trained().save(tmp_path / "toy.pt")
-    for file, backbone, words in ((out, f"hf:{tmp_path}/other", "job1/vit, not for .*other .*weights are others"),
-                                  (out, None, "job1/vit .*--backbone"), (out, "timm:test_vit", "not for timm:test_vit"),
+    for file, backbone, words in ((out, None, "backbone hf:.*job1/vit"), (out, "timm:test_vit", "not for timm:test_vit"),
+                                  (out, "timmy", "unknown backbone 'timmy'"),
                                   (tmp_path / "toy.pt", Toy(embed_dim=96), "toy.pt .*toy"),
                                   (tmp_path / "toy.pt", Toy(patch_size=14), "toy.pt .*toy")):
         with pytest.raises(BrixelError, match=words):
@@ -177,14 +188,14 @@ def test_released_checkpoint_drops_dead_keys_only(tmp_path):
     released, path = tensors("tiny_brixel_weights"), tmp_path / "tiny.pth"
     less = {key: value for key, value in released.items() if key != "adapter.spm.fc2.bias"}
     more = {**released, "adapter.norm5.weight": torch.ones(3)}
-    for content, words in [(less, "prior.proj2.bias"), (more, "norm5"), ({"a": torch.ones(3)}, "--ckpt")]:
+    for content, words in [(less, "prior.proj2.bias"), (more, "norm5"), ({"a": torch.ones(3)}, "neither")]:
         torch.save(content, path)
         with pytest.raises(BrixelError, match=f"tiny.pth .*{words}"):
             brixel.load(path, Toy())
     for content in (released, {"state_dict": released, "epoch": 3}, {"teacher": released}):
         torch.save(content, path)
         assert brixel.load(path, Toy()).settings["skip"] == "half"
-    with pytest.raises(BrixelError, match="--backbone"):
+    with pytest.raises(BrixelError, match="names no backbone"):
         brixel.load(path)
 
 
