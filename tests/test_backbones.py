@@ -37,11 +37,11 @@ def of_timm(model, weights="none"):
         return load_backbone("timm:x", weights)
 
 
-def tiny_dinov3(**options):
+def tiny_dinov3(weights=META, **options):
     """The network and weights of META, tapped as in the fixtures."""
     options = {"depth": 5, "embed_dim": 64, "num_heads": 2, "mlp_ratio": 2.0} | options
     model = timm.create_model("vit_small_patch16_dinov3_qkvb", num_classes=0, dynamic_img_size=True, **options)
-    backbone = of_timm(model, META)
+    backbone = of_timm(model, weights)
     backbone.out_indices = 0, 2, 3, 4
     return backbone
 
@@ -88,6 +88,18 @@ def test_metas_checkpoint_agrees_with_the_fixture():
     for io in (tensors("tiny_io_64x64"), tensors("tiny_io_48x80")):
         for i, got in enumerate(tiny_dinov3().layers(io["image"])):
             torch.testing.assert_close(got.flatten(2).mT, io[f"backbone.layer{i}.patch"], atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda state: {"teacher": {f"backbone.{key}": x for key, x in state.items()} | {"dino_head.mlp.0.bias": torch.ones(3)}},
+    lambda state: {"teacher": {"backbone." + key.replace("blocks.", "blocks.7.", 1): x for key, x in state.items()}},
+    lambda state: {"model_state_dict": {f"module.{key}": x for key, x in state.items()} | {"epoch": 3}, "arch": "vit"},
+    lambda state: {"state_dict_ema": state, "state_dict": {key: 0 * x for key, x in state.items()}, "epoch": 3}])
+def test_weights_are_found_in_what_training_programs_save(wrap, tmp_path):
+    """DINOv2 and DINOv3, whose blocks may be in chunks; DDP; timm."""
+    torch.save(wrap(load_file(META)), tmp_path / "saved.pth")
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(tiny_dinov3(tmp_path / "saved.pth")(x), tiny_dinov3()(x))
 
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 2, "intermediate_size": 64}
@@ -139,6 +151,9 @@ def test_open_clip_gives_the_same_tower_as_a_file_of_it(name, architecture, tag,
     for ours in (load_backbone(f"open_clip:{architecture}/{tag}"), load_backbone(f"timm:{source}", path)):
         torch.testing.assert_close(ours(x).flatten(2).mT, want, atol=1e-5, rtol=1e-5)
         assert (ours.mean, ours.std) == (pretrained["mean"], pretrained["std"])
+    monkeypatch.undo()
+    with torch.device("meta"):                     # timm says .5
+        assert load_backbone("open_clip:MobileCLIP2-L-14/dfndr2b", None).mean == pytest.approx((0.481, 0.458, 0.408), abs=1e-3)
 
 
 def test_files_that_are_no_checkpoint_or_of_another_architecture_are_refused_and_nothing_runs(tmp_path, monkeypatch):

@@ -16,13 +16,14 @@ from unittest.mock import Mock
 import psutil
 import pytest
 import torch
-from conftest import FAST, ROOT, error_of, log_of, on_two_processes, tensors, weights_of
+from conftest import FAST, ROOT, TINY, error_of, log_of, on_two_processes, tensors, weights_of
 from PIL import Image
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import brixel
 import data
+import probe
 
 CONFIG = (ROOT / "config.yaml").read_text("utf-8")
 BEST_CACHED = ["--preset", "best", "--cache_crops", 6]            # after FAST; FAST alone is `paper`, with live crops
@@ -106,7 +107,7 @@ def test_a_mistake_in_the_config_is_one_sentence(tmp_path, line, words):
 
 
 @pytest.mark.parametrize("args, sentence", [
-    (["--lr", "nan"], "--lr"), (["--max_step", "5"], "--max_step"), (["--val_share", "1"], "--val_share"),
+    (["--lr", "nan"], "--lr"), (["--max_stps", "5"], "--max_stps.*did you mean --max_steps"), (["--val_share", "1"], "--val_share"),
     (["--num_workers", "-1"], "--num_workers"),
     (["--preset", "ade20k"], "--preset.*'ade20k'"), (["--optimizer", "sgd"], "--optimizer.*'sgd'.*adam.*muon"),
     (["--teacher_size", "130"], "4 x 16, such as 128 .--teacher_size"),
@@ -146,16 +147,19 @@ def test_loss_falls_on_cached_crops_each_of_which_is_computed_once(in_process, p
 def test_gradients_are_accumulated_at_another_scale_crop_and_precision(in_process, photos, tmp_path, monkeypatch):
     out, steps = tmp_path / "out.safetensors", []
     call_at(monkeypatch, "frozen_pass", 9, lambda: steps.append(len(log_of(out))))
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", init_trackers := Mock())
     in_process(*FAST, "--data_dir", photos, "--out", out, "--grad_accum", 3, "--max_steps", 3, "--scale", 8,
                "--teacher_size", 256, "--min_side", 64, "--crop", "center", "--mixed_precision", "bf16")
     assert steps == [2] and [record["step"] for record in log_of(out)] == [1, 2, 3]
+    assert init_trackers.call_args.args == ("out.tensorboard",)   # beside the others: TensorBoard shows runs as folders
+    assert init_trackers.call_args.kwargs["init_kwargs"] == {"wandb": {"name": "out"}}
     assert brixel.load(out)(torch.zeros(1, 3, 32, 48)).shape == (1, 64, 16, 24)
 
 
 def test_several_sizes_take_turns(in_process, photos, tmp_path, monkeypatch):
     sides, real = [], brixel.frozen_pass
     monkeypatch.setattr(brixel, "frozen_pass", lambda image, *args: sides.append(image.shape[-1]) or real(image, *args))
-    in_process(*FAST, "--data_dir", photos, *SEVERAL, "--max_steps", 6, "--out", tmp_path / "out.pt")
+    in_process(*FAST, "--data_dir", photos, *SEVERAL, "--max_steps", 6, "--out", f"{tmp_path}/")
     assert sides == [128, 192, 128, 128, 192, 128, 128, 192]           # six batches, one held-out photo at each size
     last = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[-1])
     assert {key for key in last if "photos" in key} == {"photos at 128", "photos at 192"} and "brixel l1 at 192" in last
@@ -221,8 +225,11 @@ def test_stopped_run_resumes_bit_for_bit(in_process, photos, tmp_path, monkeypat
     assert signal.getsignal(number) is handler and brixel.load(out).settings["step"] == 3     # of use from now on
     first = weights_of(out)
     with open(tmp_path / "parts.jsonl", "a") as file:
-        file.write('{"step": 4, "loss": 0}\n{"step": 5, "lo')       # logged after the checkpoint
+        file.write('\n\0\0\n{"step": 4, "loss": 0}\n{"step": 5, "lo')      # damaged, or logged after the checkpoint
     in_process(*common, "--out", out, "--resume")
+    before = (tmp_path / "parts.jsonl").read_text()
+    in_process(*common, "--out", out, "--resume")
+    assert (tmp_path / "parts.jsonl").read_text() == before       # resuming a finished run changes nothing
     torch.testing.assert_close(weights_of(tmp_path / "whole.pt"), last := weights_of(out), rtol=0, atol=0)
     assert [record["step"] for record in log_of(out)] == [1, 2, 3, 4, 5, 6, 7]
     assert not [key for key in first if torch.equal(first[key], last[key])]
@@ -230,14 +237,12 @@ def test_stopped_run_resumes_bit_for_bit(in_process, photos, tmp_path, monkeypat
 
 def start(out, *args, launcher=(), **options):
     """brixel.py in a session of its own, on one thread, up to its first checkpoint, or its third step."""
-    code = "import torch, data, brixel; torch.set_num_threads(1); data.usable_cores = lambda: 1; brixel.main()"
-    program = [*launcher, "brixel.py"] if launcher else ["-c", code]
-    command = [sys.executable, *program, *FAST, "--out", out, "--save_every", 1, *args]
+    command = [sys.executable, *launcher, "brixel.py", *FAST, "--out", out, "--save_every", 1, *args]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     process = subprocess.Popen([*map(str, command)], cwd=ROOT, start_new_session=True, text=True, env=environment,
                                **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | options)
     log = out.with_suffix(".jsonl")
-    while process.poll() is None and not out.exists() and not (log.exists() and log.read_text().count("\n") > 2):
+    while process.poll() is None and not out.exists() and not (log.exists() and log.read_text().count("\n") > 3):
         time.sleep(0.02)
     return process
 
@@ -275,7 +280,9 @@ def test_a_signal_saves_the_run_with_its_loaders_workers(in_process, photos, tmp
 
 
 @pytest.mark.parametrize("number, to", [(signal.SIGINT, "every"), (signal.SIGUSR1, "process")])
-def test_a_signal_saves_the_run_of_two_processes_under_a_launcher_into_a_dead_pipe(photos, tmp_path, number, to):
+def test_a_signal_saves_the_run_of_two_processes_under_a_launcher_into_a_dead_pipe(
+        in_process, photos, tmp_path, number, to):
+    """Before it another run on the same --out is refused."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     reader = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     process = start(tmp_path / "out.pt", "--data_dir", photos, "--max_steps", 9999, "--num_workers", 2,
@@ -283,6 +290,9 @@ def test_a_signal_saves_the_run_of_two_processes_under_a_launcher_into_a_dead_pi
     reader.kill()
     reader.stdin.close()
     reader.wait()
+    for flag in ("--resume", "--overwrite"):
+        message = error_of(in_process, *FAST, "--data_dir", photos, "--max_steps", 9999, "--out", tmp_path / "out.pt", flag)
+        assert "another run is writing" in message and "out.jsonl" in message
     before = saved_step(tmp_path / "out.pt")
     end(process, number, to)
     assert saved_step(tmp_path / "out.pt") == len(log_of(tmp_path / "out.pt")) >= before
@@ -303,6 +313,8 @@ def test_launched_run_on_untidy_photos_whose_pictures_cannot_be_drawn_leaves_che
     usable = [i for i in data.split(len(index), 0.4)[1] if "small" not in index.name(i)]
     assert done.returncode == 0 and said.count("warning: ") == 1 and "out.png" in said, said
     assert re.search(rf"on {len(usable)} of 11 held-out photos .*--min_side", said) and len(usable) < 5
+    assert "17 photos to train on, 11 held out" in said and "differ from preset paper: backbone timm:test_vit, " in said
+    assert f"wrote {out}, {tmp_path}/out.jsonl, {tmp_path}/out.state;" in said and not re.search("UserWarning|Loading", said)
     assert 1 <= said.count("skipped ") <= 3 and re.search(r"of the first 8 samples \d+.* % met a photo", said)
     assert [r["step"] for r in map(json.loads, open(tmp_path / "out.jsonl")) if "brixel l1" in r] == [3, 4]
     assert [r["step"] for r in log_of(out)] == [1, 2, 3, 4] and saved_step(out) == 4
@@ -311,6 +323,16 @@ def test_launched_run_on_untidy_photos_whose_pictures_cannot_be_drawn_leaves_che
     kept = brixel.load(out).settings
     assert kept["held_out"]["photos"] == len(usable) and kept["training"]["val_share"] == 0.4
     assert "--val_share 0.4" in kept["command"]
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS"])
+def test_several_processes_that_would_each_run_alone_are_refused(in_process, photos, benchmarks, monkeypatch, name):
+    monkeypatch.setenv(name, "2")
+    for run, args in ((in_process, [*FAST, "--data_dir", photos]),
+                      (probe.main, [*TINY, *"--task ade20k --size 32 --num_workers 0".split()])):
+        assert re.search(f"error: 2 processes were started .{name}.*accelerate launch", error_of(run, *args) if
+                         run is in_process else error_of(run, args))
+    assert not [*benchmarks.glob("out*")]
 
 
 def test_ctrl_c_is_one_word_and_any_console_can_print(monkeypatch):
