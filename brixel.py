@@ -20,7 +20,10 @@ Glossary (paper -> here)
 
 Sections 1 to 5 are the method, in the paper's order; 6 to 8, which a reader may skip, are what a program needs around
 it.  "Not in the paper" marks what preset `best` of config.yaml adds.  "The released code" is
-github.com/alexanderlappe/BRIXEL, file:line of f19a3c7.
+github.com/alexanderlappe/BRIXEL at commit f19a3c7.
+
+The environment variable BRIXEL_CACHE names the folder that keeps the weights of the backbone `sample` (default:
+~/.cache/brixel).  With BRIXEL_DEBUG=1 an error shows its traceback.
 """
 
 import argparse
@@ -473,6 +476,7 @@ class Head(nn.Module):
 class Upsampler(nn.Module):
     """The trainable part of BRIXEL, adapter and head: skip + head(adapter(small, layers)).
 
+    width: channels inside the head.   stem_width: channels of the spatial prior's stem.
     skip: "full" upsamples the ViT's last layer as it is.  "half" first shrinks it to half the token
         grid, a slip of the released code that its checkpoints depend on.
     full_rank: the adapter's map also reaches the output through one linear layer, not confined to
@@ -610,7 +614,7 @@ def edge_loss(student, teacher, P):
 
     student, teacher: (B, C, H, W).   P: (C, k), of principal_components.   Returns: scalar.
     Projection and Sobel are linear, so they are taken once, of the difference.
-    Differs from the released code, which squares the difference (train_utils.py).
+    Differs from the released code, which squares the difference (src/utils/train_utils.py).
     """
     difference = torch.einsum("bchw,ck->bkhw", teacher.float() - student.float(), P)
     gradient_x, gradient_y = sobel(difference)
@@ -644,7 +648,7 @@ def spectral_loss(student, teacher, rings=24, r0=0.3, eps=1e-8):
 
     student, teacher: (B, C, H, W).   Returns: scalar, float32.
     Differs from the released code, whose rings are centered on the Nyquist corner (no fftshift) and
-    so hold DC and drop the highest frequencies (train_utils.py).
+    so hold DC and drop the highest frequencies (src/utils/train_utils.py).
     """
     first = int(r0 * rings)
     log_student = torch.log(ring_spectrum(student, rings)[:, first:] + eps)
@@ -858,8 +862,9 @@ def make_accelerator(cfg):
 
 
 def set_up(cfg, backbone, accelerator):
-    """Returns: Brixel on its device, with new weights or the mean of those of --init; its upsampler as accelerate has
-    prepared it for training; the optimizers.
+    """Returns: the Brixel model on its device; its upsampler as accelerate has wrapped it for training; the optimizers.
+
+    The model has new weights, or the mean of those of --init (a "model soup", arXiv 2203.05482).
     """
     torch.manual_seed(cfg.seed)                                   # the same initial weights in all processes
     model = Brixel(backbone, cfg.scale, drop_path=cfg.drop_path, full_rank=cfg.full_rank)
@@ -1251,7 +1256,7 @@ def read_tensors(path):
         with torch.serialization.safe_globals([argparse.Namespace]):       # timm's CheckpointSaver keeps its flags
             content = torch.load(path, map_location="cpu", weights_only=True)
         settings = content.get("brixel")
-        for key in ("state_dict_ema", "model", "model_state_dict", "state_dict", "teacher"):
+        for key in ("state_dict_ema", "model_ema", "model", "model_state_dict", "state_dict", "teacher"):
             content = content.get(key, content)
         wrappers = re.compile(r"^((module|_orig_mod|_fsdp_wrapped_module|model)\.)+")     # DDP, compile, FSDP, Lightning
         tensors = {wrappers.sub("", key): value for key, value in content.items() if torch.is_tensor(value)}
@@ -1338,7 +1343,7 @@ def write_panel(path, titles, rows, inches=2.6):
 
 @contextlib.contextmanager
 def only_warn(what):
-    """An error within, in what is not worth a run, is a line on the console: `what` and the reason."""
+    """Turn an error within, in output that is not worth a run, into one line of warning: `what` and the reason."""
     try:
         yield
     except Exception as error:    # noqa: BLE001  a plotting library raises almost anything
