@@ -1491,7 +1491,8 @@ def command_line(program):
             stream.reconfigure(errors="backslashreplace")         # what it cannot show is shown otherwise
     torch.backends.cuda.matmul.allow_tf32 = True                  # float32 products, "high" as in the released code
     os.environ["MPLBACKEND"] = "agg"                              # a notebook's may not be installed here
-    warnings.filterwarnings("ignore", "This DataLoader will create")         # more workers than cores do no harm
+    for harmless in ("This DataLoader will create", "Grad strides do not match"):      # more workers than cores; speed
+        warnings.filterwarnings("ignore", harmless)
     try:
         with contextlib.redirect_stdout(Console(sys.stdout)), contextlib.redirect_stderr(Console(sys.stderr)):
             yield
