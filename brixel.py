@@ -952,41 +952,48 @@ class Run:
     """
     def __init__(self, cfg):
         import data
-        from accelerate.utils import tqdm
 
         self.cfg, self.step, self.bad, self.maps_of = cfg, 0, 0, {}         # bad: steps in a row that were not finite
         self.out = file_in(cfg.out, "out.pt")
         endings = ".state", ".jsonl", ".png", ".tensorboard"
         self.state_file, self.log_file, self.picture, self.board = map(self.out.with_suffix, endings)
         self.check_files()
-        index = data.PhotoIndex(cfg.data_dir, flag="--data_dir, or --preset quickstart for a first try")
-        self.train_ids, self.val_ids = data.split(len(index), cfg.val_share)
-        self.accelerator = accelerator = make_accelerator(cfg)    # after the photos: tar files are read by forks,
-        backbone = load_backbone(cfg.backbone, cfg.weights)       # which must come before CUDA is up
+        self.index = data.PhotoIndex(cfg.data_dir, flag="--data_dir, or --preset quickstart for a first try")
+        self.train_ids, self.val_ids = data.split(len(self.index), cfg.val_share)
+        self.accelerator = make_accelerator(cfg)   # after the photos: tar files are read by forks, before CUDA is up
+        backbone = load_backbone(cfg.backbone, cfg.weights)
         self.check_sizes(backbone.patch_size)
-        self.model, self.upsampler, self.optimizers = set_up(cfg, backbone, accelerator)
+        self.model, self.upsampler, self.optimizers = set_up(cfg, backbone, self.accelerator)
         self.made_by = {"training": vars(cfg), "command": shlex.join(sys.argv)}           # goes into out.pt
-        self.settings = {**vars(cfg), **self.model.settings, "n_photos": len(index),
-                         "processes": accelerator.num_processes}
+        self.settings = {**vars(cfg), **self.model.settings, "n_photos": len(self.index),
+                         "processes": self.accelerator.num_processes}
         changes = self.resume() if cfg.resume else None
         self.first, self.per_step = self.step, cfg.batch_size * cfg.grad_accum
         self.steps_per_epoch = (cfg.cache_crops or len(self.train_ids)) / self.per_step
-        loaders = functools.partial(data.make_loaders, cfg, index, self.train_ids, self.val_ids,
+        self.begin(changes)
+
+    def begin(self, changes):
+        """Make the loaders, take the files, say what will be done.   changes: of resume(), or None."""
+        import data
+        from accelerate.utils import tqdm
+
+        cfg, accelerator = self.cfg, self.accelerator
+        loaders = functools.partial(data.make_loaders, cfg, self.index, self.train_ids, self.val_ids,
                                     accelerator=accelerator, init_worker=ignore_signals)
         self.loader, self.val_loader = loaders(range(self.step * self.per_step, cfg.max_steps * self.per_step))
-        if accelerator.is_main_process:
+        if accelerator.is_main_process:            # not before all is well: this removes what --overwrite gives up
             self.take_files()
         accelerator.init_trackers("brixel" if cfg.report_to == "wandb" else self.board.name,
                                   config={key: str(value) for key, value in vars(cfg).items()},
                                   init_kwargs={"wandb": {"name": self.out.stem}})
-        accelerator.print(*index.notes, *self.start_lines(changes), sep="\n")
+        accelerator.print(*self.index.notes, *self.start_lines(changes), sep="\n")
         if changes is None or changes:
             self.log({"settings": self.settings})
         atexit.register(end_workers)
         if cfg.cache_crops and self.step < cfg.max_steps:
             batches, _ = loaders(range(math.ceil(cfg.cache_crops / cfg.batch_size) * cfg.batch_size))
             for numbers, image, _ in tqdm(batches, desc="the teacher's maps", unit="batch"):
-                cached_pass(self.maps_of, numbers, image, backbone, cfg.scale, accelerator)
+                cached_pass(self.maps_of, numbers, image, self.model.backbone, cfg.scale, accelerator)
         self.skipped_photos = data.Skipped()
         self.progress = tqdm(initial=self.step, total=cfg.max_steps, unit="step")
         self.losses, self.images, self.left_out, self.clock = [], 0, 0, time.time()       # since the last line logged
