@@ -114,44 +114,73 @@ def index_tar(number, path):
     """(N, 3) int64: `number`, byte offset and size of each photo in a tar; and notes on what is left out."""
     try:
         with reading(path), tarfile.open(path, "r:") as tar:
-            named = [m for m in tar if m.name.lower().endswith(IMAGE_SUFFIXES) and not m.isdir()]
+            named = [m for m in tar if m.name.lower().endswith(IMAGE_SUFFIXES) and not m.isdir()
+                     and not re.search(r"(^|/)\.[^./]", m.name)]      # hidden, as the ._a.jpg of macOS
             tar.fileobj.seek(tar.offset)           # tarfile takes a damaged header for the end of the archive
             if tar.fileobj.read(512).strip(b"\0"):
                 raise tarfile.ReadError(f"damaged header at byte {tar.offset}")
     except DataError as error:
         return np.zeros((0, 3), np.int64), [f"{error}; its photos are left out"]
     photos = [(number, m.offset_data, m.size) for m in named if m.isfile() and not m.issparse()]
-    notes = [f"{path}: {len(named) - len(photos)} links or sparse files are left out"]
+    notes = [f"{path}: left out: links and sparse files ({len(named) - len(photos)})"]
     return np.array(photos, np.int64).reshape(-1, 3), notes if len(photos) < len(named) else []
+
+
+def files_below(root, left_out):
+    """Paths of the files in a folder and its subfolders; the Counter left_out gets what is not among them, and why."""
+    folders = [root]
+    while folders:
+        try:
+            entries = list(os.scandir(folders.pop()))
+        except OSError as error:
+            left_out[str(error)] += 1
+            continue
+        for entry in entries:
+            if entry.name.startswith("."):
+                left_out["hidden files and folders"] += 1
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                left_out["broken links"] += 1
+            elif entry.is_dir(follow_symlinks=False):
+                folders.append(entry.path)
+            elif entry.is_dir():
+                left_out["links to folders"] += 1
+            else:
+                yield entry.path
 
 
 class PhotoIndex:
     """The photos of --data_dir, in a fixed order: files of a folder tree, then members of tar shards, read in place.
 
-    data_dir: a folder (links to folders in it are not followed), a photo, a .tar or a glob; flag: its name in errors.
-    notes: sentences on what was left out, to be printed by the caller.   Raises: DataError if no photo is found.
+    data_dir: a folder, a photo, a .tar, or a glob of these.   flag: how errors call it.
+        Links to folders are followed if they are what is named (photos/* names those in photos), not further below.
+    notes: lines on what was left out, to be printed by the caller.   Raises: DataError if no photo is found.
     """
     def __init__(self, data_dir, flag="--data_dir"):
-        data_dir, found, self.notes = str(data_dir), [], []
+        data_dir, found, self.notes, left_out = str(data_dir), [], [], collections.Counter()
         roots = [data_dir] if os.path.exists(data_dir) else sorted(glob.glob(data_dir))
         if not roots:
             raise DataError(f"no such file or folder: {os.path.abspath(data_dir)}; set {flag}")
         for root in roots:
             if os.path.isdir(root):
-                walk = os.walk(root, onerror=lambda error: self.notes.append(f"left out: {error}"))
-                found += sorted(os.path.join(folder, name) for folder, _, names in walk for name in names)
-            else:
+                found += sorted(files_below(root, left_out))
+            elif os.path.exists(root):
                 found.append(root)
+            else:
+                left_out["broken links"] += 1
         runs = {path.removesuffix(".jsonl") + ".png" for path in found if path.endswith(".jsonl")}
         made = re.compile(r"\.(pca|ade20k|cityscapes|nyu|navi)(\.size)?\.png$")            # by probe.py
-        self.files = [path for path in found if path.lower().endswith(IMAGE_SUFFIXES)
-                      and path not in runs and not made.search(path)]
-        self.tars = [path for path in found if path.lower().endswith(".tar")]
-        used = {*self.files, *self.tars}
-        others = collections.Counter(os.path.splitext(path)[1].lower() for path in found if path not in used)
-        if others:
-            counts = ", ".join(f"{n} {ending or 'without one'}" for ending, n in others.most_common(9))
-            self.notes.append(f"{others.total()} files of other endings, or of runs and probes, are left out: {counts}")
+        self.files, self.tars, others = [], [], collections.Counter()
+        for path in found:
+            ending = os.path.splitext(path)[1].lower()
+            if path in runs or made.search(path):
+                left_out["pictures that a run or a probe wrote"] += 1
+            elif ending in (*IMAGE_SUFFIXES, ".tar"):
+                (self.tars if ending == ".tar" else self.files).append(path)
+            else:
+                others[ending or "files without an ending"] += 1
+        counts = [f"{kind} ({n:,})" for kind, n in [*left_out.items(), *others.most_common(9)]]
+        if counts:
+            self.notes.append(f"left out of {data_dir}: {', '.join(counts)}")
         self.members = np.zeros((0, 3), np.int64)           # number of the tar, byte offset and size of every photo
         if self.tars:
             cores = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))        # of this node's processes
@@ -160,7 +189,7 @@ class PhotoIndex:
             self.members = np.concatenate(members)
             self.notes += sum(notes, [])
         if not len(self):
-            raise DataError("; ".join([f"no {' '.join(IMAGE_SUFFIXES)} (or readable .tar of these) below "
+            raise DataError("; ".join([f"there is no photo ({' '.join(IMAGE_SUFFIXES)}, or a .tar of these) in "
                                        f"{os.path.abspath(data_dir)}", *self.notes[:3], f"set {flag}"]))
 
     def __len__(self):
@@ -413,7 +442,7 @@ class Segmentation(Benchmark):
         for kind, pattern in (("image", self.image.format(self.split)), ("label", self.label.format(self.split))):
             ending = pattern.rpartition("*")[2]
             paths = [*self.root.glob(pattern), *self.root.glob(f"*/{pattern}")]
-            found[kind] = {path.name.removesuffix(ending): path for path in paths}
+            found[kind] = {path.name.removesuffix(ending): path for path in paths if path.name[0] != "."}
         return self.partners(**found)
 
     def read(self, sample):
@@ -530,7 +559,7 @@ class NAVI(Benchmark):
     def files(self, scenes, kind, pattern):
         """{OBJECT/SCENE/NAME: path}; probe3d leaves downsampled_* copies beside the originals."""
         paths = self.root.glob(f"*/{scenes}/{kind}/{pattern}")
-        return {"/".join((*p.parts[-4:-2], p.stem)): p for p in paths if not p.name.startswith("downsampled_")}
+        return {"/".join((*p.parts[-4:-2], p.stem)): p for p in paths if not p.name.startswith((".", "downsampled_"))}
 
     def annotations(self, scenes):
         """{OBJECT/SCENE/NAME: what annotations.json says}; "focal_length" is in pixels at full resolution."""
