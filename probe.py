@@ -557,25 +557,38 @@ def write_page(path, photo, maps):
         temporary.write_text(page.replace("DATA", json.dumps(data).replace("<", "\\u003c")), "utf-8")
 
 
+def free_name(path, taken):
+    """Name for the pictures of a photo: its own, or with _2, _3, ... if that is in the set `taken`, in any case."""
+    stem = Path(re.sub(r"(?i)\.tar at byte (\d+)$", r"_\1.tar", path)).stem       # of a tar's member: TAR_BYTE
+    names = itertools.chain([stem], (f"{stem}_{k}" for k in itertools.count(2)))
+    name = next(name for name in names if name.casefold() not in taken)
+    taken.add(name.casefold())
+    return name
+
+
 @torch.no_grad()
 def run_pca(cfg):
-    """PHOTO.pca.png of each photo of --image: its features as colors, in the last column's basis.  Names what fails."""
+    """Write PHOTO.pca.png for each photo of --image: its features as colors, by the last column's components.
+
+    A photo that fails is named, and the others go on.
+    """
     if not cfg.ckpt or not cfg.image[0] or len(cfg.size) > 1:
-        raise brixel.BrixelError("--task pca needs --ckpt out.pt, --image a.jpg folder, and one --size")
+        raise brixel.BrixelError("--task pca needs a checkpoint (--ckpt), photos (--image) and one --size")
     folder, taken, saved, failed = Path(cfg.out or "."), set(), {}, []
     brixel.check_writable(folder / "PHOTO.pca.png")
     if cfg.save_features:
         brixel.check_writable(cfg.save_features, "--save_features")
+        features, ckpt = Path(cfg.save_features).resolve(), Path(cfg.ckpt).resolve()
+        if features.suffix != ".safetensors" or features == ckpt:
+            raise brixel.BrixelError(f"--save_features {cfg.save_features} must end in .safetensors and not be --ckpt")
     indices = [PhotoIndex(image, flag="--image") for image in cfg.image]      # before CUDA is up: it forks processes
     print(*(note + "\n" for index in indices for note in index.notes), sep="", end="")
     model = brixel.load(cfg.ckpt, cfg.backbone or None, cfg.weights or None)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     photos = [(index, i) for index in indices for i in range(len(index))]
-    for number, (index, i) in enumerate(photos):
-        path = index.name(i).encode("utf-8", "backslashreplace").decode()               # all of it can be written
-        stem = Path(path.replace(".tar at byte ", "_")).stem
-        stem += f"_{number}" * (stem.lower() in taken)             # of two photos with one name
-        taken.add(stem.lower())
+    for index, i in photos:
+        path = index.name(i).encode("utf-8", "backslashreplace").decode()               # any name can be printed
+        stem = free_name(path, taken)
         try:
             image = open_photo(index.open(i), "the photo")
             x = model.preprocess(image, cfg.size[0])
@@ -590,7 +603,8 @@ def run_pca(cfg):
             brixel.write_panel(folder / f"{stem}.pca.png", ["photo", *maps], [row])
             if cfg.html:
                 write_page(folder / f"{stem}.html", image, maps)
-            print(f"wrote {folder / stem}.pca.png{' and .html' * cfg.html}, maps of {tuple(maps['BRIXEL'][0].shape)}")
+            print(f"wrote {folder / stem}.pca.png{' and .html' * cfg.html} from {path}; BRIXEL's map is "
+                  f"{tuple(maps['BRIXEL'][0].shape)}")
         except Exception as error:    # noqa: BLE001  whatever is wrong with this one, the others go on
             print(f"{path} failed: {str(error) or type(error).__name__}")
             failed.append(error)

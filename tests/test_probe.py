@@ -257,23 +257,29 @@ def test_mistakes_are_one_sentence(flags, named, benchmarks, fresh_accelerate, m
     assert error.startswith("probe.py: error: ") and named in error
 
 
-def test_pca_writes_panels_and_features_of_files_tars_and_a_name_twice_and_counts_what_fails(photos, tmp_path, capsys):
+def test_pca_writes_pictures_and_features_of_each_photo_whatever_its_name_and_counts_what_fails(
+        photos, tmp_path, capsys):
     Image.new("RGB", (90, 200), "red").save(photos / "tall.png")
-    with tarfile.open(tmp_path / "two.tar", "w") as tar:
+    Image.new("RGB", (90, 200), "red").save(photos / "Tall.jpg")
+    shutil.copy(photos / "2.jpg", photos / "1_2.jpg")
+    with tarfile.open(tmp_path / "a.b.TAR", "w") as tar:
         for name in ("1.jpg", "2.jpg"):
             tar.add(photos / name, name)
     (tmp_path / "damaged.tar").write_bytes(b"no tar" * 200)
     (photos / "0.jpg").write_bytes(b"")
     model = brixel.Brixel(brixel.load_backbone("timm:test_vit", None)).eval()
-    model.save(tmp_path / "out.pt")
-    flags = ["--task", "pca", "--ckpt", tmp_path / "out.pt", "--size", 64, "--out", tmp_path, "--teacher", "--image",
-             tmp_path / "*.tar", *(photos / f"{i}.jpg" for i in (0, 1, 1)), photos / "*.png", "--save_features",
-             tmp_path / "features.safetensors"]
+    model.save(tmp_path / "out.safetensors")
+    flags = ["--task", "pca", "--ckpt", tmp_path / "out.safetensors", "--size", 64, "--out", tmp_path, "--teacher", "--html",
+             "--image", tmp_path / "*.[tT][aA][rR]", *(photos / f"{i}.jpg" for i in ("1_2", 0, 1, 1)),
+             photos / "tall.png", photos / "Tall.jpg", "--save_features", tmp_path / "features.safetensors"]
+    assert "not be --ckpt" in error_of(probe.main, [*map(str, flags[:-1]), str(tmp_path / "out.safetensors")])
     message = error_of(probe.main, [*map(str, flags)])
-    assert message.startswith("probe.py: error: 1 of 6 photos")
+    assert message.startswith("probe.py: error: 1 of 8 photos")
     printed = capsys.readouterr().out
     assert "damaged.tar" in printed and f"{photos / '0.jpg'} failed: " in printed
-    assert [len(list(tmp_path.glob(f"{stem}.pca.png"))) for stem in ("two_*", "1", "1_*", "tall")] == [2, 1, 1, 1]
+    for ending in (".pca.png", ".html"):
+        names = [re.sub(r"_\d{3,}", "_BYTE", path.name.removesuffix(ending)) for path in tmp_path.glob(f"*{ending}")]
+        assert sorted(names) == sorted(["a.b_BYTE", "a.b_BYTE", "1_2", "1", "1_3", "tall", "Tall_2"])
     assert Image.open(tmp_path / "tall.pca.png").width > 500
     features = load_file(tmp_path / "features.safetensors")
     assert features[str(photos / "tall.png")].shape == (64, 36, 16)
