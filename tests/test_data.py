@@ -130,7 +130,8 @@ def test_photo_that_cannot_be_used_is_named_another_takes_its_place_and_twenty_i
     items = [dataset[n, 3 + 4 * (n % 2), 64] for n in range(40)]
     good = [data.read_crop(photos / f"{i}.jpg", 64) for i in (0, 1, 2, 4, 5, 6)]
     assert len({[torch.equal(crop, other) for other in good].index(True) for _, crop, _ in items}) > 2
-    assert {skipped for *_, skipped in items[::2]} == {f"{photos}/3.jpg: the short side is below min_side 64: 60 px"}
+    said = f"{photos}/3.jpg: the short side has 60 pixels, but min_side is 64"
+    assert {skipped for *_, skipped in items[::2]} == {said}
     assert items[1][2].startswith(f"{photos}/7.jpg: the file cannot be read: ") and dataset[40, 2, 64][2] == ""
     assert dataset[3, 3, 60][2] == ""                                                    # min_side 0: the crop's side
     with pytest.raises(data.DataError, match="^20 training photos .*3.jpg: .*--data_dir, --min_side"):
@@ -156,7 +157,7 @@ def test_loaders_give_each_process_its_part(cache_crops, photos, fresh_accelerat
     for batch, one, two in zip(whole, *parts, strict=True):
         assert all(torch.equal(batch[i], torch.cat([one[i], two[i]])) for i in (0, 1))
         assert list(batch[2]) == [*one[2], *two[2]] and len(one[2]) == 2
-    assert any("the short side is below min_side 96: 80" in skipped for skipped in whole[0][2])
+    assert any("the short side has 80 pixels, but min_side is 96" in skipped for skipped in whole[0][2])
     assert [len(crop) * crop.shape[2] for _, crop in held_out] == [64, 64, 64, 96, 0, 96]
     assert torch.equal(list(held_out)[5][1][0], data.read_crop(photos / "7.jpg", 96))
     shares = [list(loaders(photos, 2, k, **changes)[1]) for k in (0, 1)]
@@ -167,7 +168,7 @@ def test_what_hinders_the_loaders_is_one_sentence_and_an_error_in_a_worker_ends_
         photos, monkeypatch, fresh_accelerate):
     with pytest.raises(data.DataError, match="batch_size 4 .* 3 processes"):
         loaders(photos, 3)
-    with pytest.raises(data.DataError, match="^3 held-out photos .*first .*/0.jpg: .*150 px .--data_dir, --min"):
+    with pytest.raises(data.DataError, match="^3 held-out photos .*first .*/0.jpg: .*150 pixels.* .--data_dir, --min"):
         loaders(photos, min_side=999)
     monkeypatch.setattr("tempfile.tempdir", "/" + "x" * 74)                              # the longest possible
     loaders(photos, num_workers=1)
