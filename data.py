@@ -214,7 +214,7 @@ class PhotoIndex:
 def split(n, val_share, most=256):
     """Split photo numbers 0..n-1 into (train, val), sorted int arrays, the same at every call; `most`: limit of val."""
     if not 0 < val_share < 1 or n < 2:
-        raise DataError(f"cannot hold out --val_share {val_share} of {n} photos: need 2 photos, a share between 0 and 1")
+        raise DataError(f"cannot hold out --val_share {val_share} of {n} photos: need 2 photos and a share of 0 to 1")
     ids = torch.randperm(n, generator=torch.Generator().manual_seed(0)).numpy()
     n_val = min(max(1, round(n * val_share)), n - 1, most)
     return np.sort(ids[n_val:]), np.sort(ids[:n_val])
@@ -254,7 +254,7 @@ def held_out_crop(item):
 
 
 class Skipped:
-    """Called with a batch's strings of Photos, returns lines to print: three photos, and after 2000 samples the share."""
+    """Called with a batch's strings of Photos, returns lines to print: three photos, and after 2000 samples a share."""
     def __init__(self):
         self.counts, self.said = collections.Counter({"": 0}), False
 
