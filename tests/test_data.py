@@ -130,7 +130,8 @@ def test_photo_that_cannot_be_used_is_named_another_takes_its_place_and_twenty_i
     items = [dataset[n, 3 + 4 * (n % 2), 64] for n in range(40)]
     good = [data.read_crop(photos / f"{i}.jpg", 64) for i in (0, 1, 2, 4, 5, 6)]
     assert len({[torch.equal(crop, other) for other in good].index(True) for _, crop, _ in items}) > 2
-    assert {skipped for *_, skipped in items[::2]} == {f"{photos}/3.jpg: the short side is below min_side 64: 60 px"}
+    said = f"{photos}/3.jpg: the short side has 60 pixels, but min_side is 64"
+    assert {skipped for *_, skipped in items[::2]} == {said}
     assert items[1][2].startswith(f"{photos}/7.jpg: the file cannot be read: ") and dataset[40, 2, 64][2] == ""
     assert dataset[3, 3, 60][2] == ""                                                    # min_side 0: the crop's side
     with pytest.raises(data.DataError, match="^20 training photos .*3.jpg: .*--data_dir, --min_side"):
@@ -156,7 +157,7 @@ def test_loaders_give_each_process_its_part(cache_crops, photos, fresh_accelerat
     for batch, one, two in zip(whole, *parts, strict=True):
         assert batch[0] == one[0] + two[0] and batch[2] == one[2] + two[2] and len(one[2]) == 2
         assert torch.equal(batch[1], torch.cat([one[1], two[1]])) and (not cache_crops or max(one[0]) % 4 < 2)
-    assert any("the short side is below min_side 96: 80" in skipped for skipped in whole[0][2])
+    assert any("the short side has 80 pixels, but min_side is 96" in skipped for skipped in whole[0][2])
     assert [len(crop) * crop.shape[2] for _, crop in held_out] == [64, 64, 64, 96, 0, 96]
     assert torch.equal(list(held_out)[5][1][0], data.read_crop(photos / "7.jpg", 96))
     shares = [list(loaders(photos, 2, k, **changes)[1]) for k in (0, 1)]
@@ -167,7 +168,7 @@ def test_what_hinders_the_loaders_is_one_sentence_and_an_error_in_a_worker_ends_
         photos, monkeypatch, fresh_accelerate):
     with pytest.raises(data.DataError, match="batch_size 4 .* 3 processes"):
         loaders(photos, 3)
-    with pytest.raises(data.DataError, match="^3 held-out photos .*first .*/0.jpg: .*150 px .--data_dir, --min"):
+    with pytest.raises(data.DataError, match="^3 held-out photos .*first .*/0.jpg: .*150 pixels.* .--data_dir, --min"):
         loaders(photos, min_side=999)
     monkeypatch.setattr("tempfile.tempdir", "/" + "x" * 74)                              # the longest possible
     loaders(photos, num_workers=1)
@@ -185,18 +186,23 @@ def test_what_hinders_the_loaders_is_one_sentence_and_an_error_in_a_worker_ends_
 
 
 def test_photos_of_folders_and_tars_are_read_in_place_and_what_is_none_is_noted(photos, capfd, monkeypatch):
-    """With .json beside the photos of a tar, as img2dataset and SA-1B write them."""
+    """With .json beside the photos of a tar, as img2dataset and SA-1B write them; in a folder that is hidden itself."""
+    photos = photos.rename(photos.with_name(".photos"))
     (photos / "deep" / "er").mkdir(parents=True)
+    (photos / "deep" / ".cache").mkdir()
     for name in ("a.png", "pca.png", "cat.pca.png", "out.png", "out.jsonl", "out.navi.png", "out.nyu.size.png",
-                 "2.json", "a.HEIC", "b.heic", "d41d8cd98", "deep/er/b.Tiff", "deep/c.WEBP"):
+                 "2.json", "a.HEIC", "b.heic", "d41d8cd98", "deep/er/b.Tiff", "deep/c.WEBP", "deep/.cache/1.jpg",
+                 "deep/._c.WEBP"):
         (photos / name).touch()
-    sparse, link = tarfile.TarInfo("scan.jpg"), tarfile.TarInfo("same.jpg")
+    for name, target in (("gone.jpg", "nowhere.jpg"), ("self.jpg", "self.jpg"), ("deep/loop", photos)):
+        (photos / name).symlink_to(target)
+    sparse, link, hidden = map(tarfile.TarInfo, ("scan.jpg", "same.jpg", "a/._5.jpg"))
     sparse.type, link.type, link.linkname = tarfile.GNUTYPE_SPARSE, tarfile.LNKTYPE, "5.jpg"
-    for path, members in (("0.tar", (photos / "5.jpg", sparse, link, photos / "2.json", photos / "6.jpg")),
+    for path, members in (("0.tar", (photos / "5.jpg", sparse, link, hidden, photos / "2.json", photos / "6.jpg")),
                           ("4.TAR", (photos / "3.jpg",))):
         with tarfile.open(photos / path, "w", format=tarfile.USTAR_FORMAT) as tar:
             for member in members:
-                tar.addfile(member) if isinstance(member, tarfile.TarInfo) else tar.add(member, member.name)
+                tar.addfile(member) if isinstance(member, tarfile.TarInfo) else tar.add(member, f"./{member.name}")
     (photos / "1.tar").write_bytes(b"no tar at all" * 100)
     content = (photos / "0.tar").read_bytes()
     (photos / "2.tar").write_bytes(content[:5000])                                       # a download that broke off
@@ -205,21 +211,25 @@ def test_photos_of_folders_and_tars_are_read_in_place_and_what_is_none_is_noted(
     monkeypatch.setattr("data.usable_cores", lambda: 9)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     for place in (photos, photos / "*"):
-        monkeypatch.setattr("os.path.exists", asked := Mock(side_effect=os.path.lexists))
-        index = data.PhotoIndex(place)
-        assert asked.call_count == 1                                                     # not for each file
+        with monkeypatch.context() as patch:
+            patch.setattr("os.path.exists", asked := Mock(side_effect=os.path.exists))
+            index = data.PhotoIndex(place)
+        assert asked.call_count == 4 or place != photos              # of the folder and its links, not for each file
         names = [*(f"{i}.jpg" for i in range(8)), "a.png", "c.WEBP", "b.Tiff", "pca.png"]
         assert sorted(os.path.basename(path) for path in index.files) == sorted(names)
         pictures = [np.array(Image.open(index.open(i))) for i in range(12, len(index))]
         assert index.name(14).startswith(f"{photos}/4.TAR at byte ")
         for picture, name in zip(pictures, ("5.jpg", "6.jpg", "3.jpg"), strict=True):
             assert np.array_equal(picture, Image.open(photos / name))
-        reasons = ("9 files .*: 4 .png, 2 .heic, 1 .json, 1 without one, 1 .jsonl$", "0.tar: 2 links", "1.tar .*ReadE",
+        assert {*re.split(": |, ", index.notes[0])[1:]} == {
+            "hidden files and folders (2)", "broken links (2)", "links to folders (1)", ".heic (2)", ".json (1)",
+            "pictures that a run or a probe wrote (4)", "files without an ending (1)", ".jsonl (1)"}
+        reasons = (".", "0.tar: left out: links and sparse files .2.$", "1.tar .*ReadE",
                    "2.tar .*unexpected end", "3.tar .*damaged")
         assert all(re.search(reason, note) for reason, note in zip(reasons, index.notes, strict=True))
     assert [call.args for call in pool.call_args_list] == [(1,), (1,)]                   # this process's share of cores
-    for name, reason in (("1.tar", "no .jpg .*1.tar cannot be read"), ("[ab].*[cC]", "no .jpg .*2 .heic"),
-                         ("nothing", "no such file or folder.*nothing")):
+    for name, reason in (("1.tar", "no photo .*.jpg.*1.tar cannot be read"), ("[ab].*[cC]", "no photo .*heic .2."),
+                         ("gone.jpg", "no photo .*broken links"), ("nothing", "no such file or folder.*nothing")):
         with pytest.raises(data.DataError, match=f"{reason}.*set --image"):
             data.PhotoIndex(photos / name, flag="--image")
     assert capfd.readouterr() == ("", "")                                                # every process has an index

@@ -120,7 +120,7 @@ def test_where_features_are_kept_changes_nothing_but_how_often_they_are_computed
         assert features.model.seen == 4 * 3 + times * 7            # the first batch is timed
         results.append(probe.score(trained, readouts, features, features.acc) | trained.state_dict())
         printed = capsys.readouterr().out
-        assert f"kept on the {kept}" in printed and ("anew 3 times, " if times > 1 else "computed once, ") in printed
+        assert f"kept on the {kept} (0 MB); features are computed {('once', '3 times')[times > 1]}, " in printed
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], atol=1e-6, rtol=1e-5)
 
@@ -195,8 +195,24 @@ def test_finished_rows_are_in_the_files_whatever_ends_the_next_and_without_matpl
     assert json.loads((benchmarks / "dull.ade20k.json").read_text()) == out and len(out["rows"]) == 2
 
 
+def test_results_are_replaced_only_on_request_and_a_terminal_shows_no_json(benchmarks, run, monkeypatch, capsys):
+    for name in ("x.ade20k.size.png", "x.ade20k.json"):
+        (benchmarks / name).write_text("of an earlier call")
+    flags = "--task ade20k --limit 2 --out x".split()
+    error = error_of(probe.main, [*flags, "--backbone", "no:such"])
+    assert "x.ade20k.json, x.ade20k.size.png: " in error and "--overwrite" in error
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    probe.main([*flags, *TINY, *SMALL, "--overwrite"])
+    printed, result = capsys.readouterr().out, json.loads((benchmarks / "x.ade20k.json").read_text())
+    assert printed.endswith("wrote x.ade20k.json, x.ade20k.png\n") and "{" not in printed
+    assert f"baseline, 56 pixels: mIoU % ↑ {100 * result['rows'][0]['miou']:.1f}, " in printed
+    assert not any("overwrite" in deviation for deviation in result["deviations"])
+
+
 def test_several_sizes_and_seeds_give_means_deviations_costs_and_a_plot(benchmarks, run, monkeypatch):
     score, scores = probe.score, []
+    (benchmarks / "folder").mkdir()
+    (benchmarks / "sizes").symlink_to("folder")
     monkeypatch.setattr(probe, "score", lambda *args: scores.append(score(*args)) or scores[-1])
     small, large = run("cityscapes", *TINY, *"--out sizes --size 48 96 --seed 1 2".split())[1]["rows"]
     assert (small["row"], small["size"], large["size"]) == ("baseline", 48, 96)
@@ -204,7 +220,7 @@ def test_several_sizes_and_seeds_give_means_deviations_costs_and_a_plot(benchmar
     a, b = (metrics["pixel_accuracy"] for metrics in scores[:2])
     assert a != b and small["pixel_accuracy"] == pytest.approx((a + b) / 2)
     assert small["pixel_accuracy_std"] == pytest.approx(abs(a - b) / 2**0.5)
-    assert Image.open(benchmarks / "sizes.cityscapes.size.png").width > 2000
+    assert Image.open(benchmarks / "folder/out.cityscapes.size.png").width > 2000
 
 
 def test_paper_rows_stand_below_for_a_backbone_of_the_paper_and_in_its_unit():
@@ -222,7 +238,7 @@ def test_two_processes_equal_one(run):
     """3 images: the shares are uneven.  0.2 MB hold no image to train on, and of the baseline what it is scored on."""
     flags = "--hidden 16 --limit 3 --ckpt out.pt --lr 0.01 --cache_gb 2e-4".split()
     printed, one = run("navi", *flags)
-    assert re.findall("kept on the host: (.*?),", printed) == ["nothing", "features", "nothing", "nothing"]
+    assert re.findall("kept on the host: (.*?) ", printed) == ["nothing", "features", "nothing", "nothing"]
     printed = on_two_processes(ROOT / "probe.py", "--task", "navi", *SMALL, *flags, "--out", "two")
     two = json.loads(printed.splitlines()[-1])
     assert (one["processes"], two["processes"]) == (1, 2)
@@ -245,7 +261,8 @@ def test_half_of_what_a_container_leaves_is_room(tmp_path, monkeypatch, folder, 
     (["--task", "navi", "--data_dir", "nowhere", "--backbone", "no:such"], "--data_dir"),
     (["--task", "ade20k", "--size", "64", "0"], "--size"),
     (["--task", "ade20k", "--color_jitter", "0", "0", "0", "0.6"], "--color_jitter"),
-    (["--task", "ade20k", "--out", "no/such"], "--out no/such.ade20k"),
+    (["--task", "ade20k", "--out", "no/"], "--out no/out.ade20k"),
+    (["--size", "64"], "choose a --task: ade20k (semantic segmentation, 150 classes), "),
     (["--task", "pca", "--image", "a.jpg"], "--ckpt"),
     (["--task", "ade20k", *SMALL, "--classes", "1"], "allowed are 0 to 1"),
     (["--task", "ade20k", *SMALL, "--limit", "1"], "--limit")])
@@ -257,23 +274,29 @@ def test_mistakes_are_one_sentence(flags, named, benchmarks, fresh_accelerate, m
     assert error.startswith("probe.py: error: ") and named in error
 
 
-def test_pca_writes_panels_and_features_of_files_tars_and_a_name_twice_and_counts_what_fails(photos, tmp_path, capsys):
+def test_pca_writes_pictures_and_features_of_each_photo_whatever_its_name_and_counts_what_fails(
+        photos, tmp_path, capsys):
     Image.new("RGB", (90, 200), "red").save(photos / "tall.png")
-    with tarfile.open(tmp_path / "two.tar", "w") as tar:
+    Image.new("RGB", (90, 200), "red").save(photos / "Tall.jpg")
+    shutil.copy(photos / "2.jpg", photos / "1_2.jpg")
+    with tarfile.open(tmp_path / "a.b.TAR", "w") as tar:
         for name in ("1.jpg", "2.jpg"):
             tar.add(photos / name, name)
     (tmp_path / "damaged.tar").write_bytes(b"no tar" * 200)
     (photos / "0.jpg").write_bytes(b"")
     model = brixel.Brixel(brixel.load_backbone("timm:test_vit", None)).eval()
-    model.save(tmp_path / "out.pt")
-    flags = ["--task", "pca", "--ckpt", tmp_path / "out.pt", "--size", 64, "--out", tmp_path, "--teacher", "--image",
-             tmp_path / "*.tar", *(photos / f"{i}.jpg" for i in (0, 1, 1)), photos / "*.png", "--save_features",
-             tmp_path / "features.safetensors"]
+    model.save(tmp_path / "out.safetensors")
+    flags = ["--task", "pca", "--ckpt", tmp_path / "out.safetensors", "--size", 64, "--out", tmp_path, "--teacher",
+             "--html", "--image", tmp_path / "*.[tT][aA][rR]", *(photos / f"{i}.jpg" for i in ("1_2", 0, 1, 1)),
+             photos / "tall.png", photos / "Tall.jpg", "--save_features", tmp_path / "features.safetensors"]
+    assert "not be --ckpt" in error_of(probe.main, [*map(str, flags[:-1]), str(tmp_path / "out.safetensors")])
     message = error_of(probe.main, [*map(str, flags)])
-    assert message.startswith("probe.py: error: 1 of 6 photos")
+    assert message.startswith("probe.py: error: 1 of 8 photos")
     printed = capsys.readouterr().out
     assert "damaged.tar" in printed and f"{photos / '0.jpg'} failed: " in printed
-    assert [len(list(tmp_path.glob(f"{stem}.pca.png"))) for stem in ("two_*", "1", "1_*", "tall")] == [2, 1, 1, 1]
+    for ending in (".pca.png", ".html"):
+        names = [re.sub(r"_\d{3,}", "_BYTE", path.name.removesuffix(ending)) for path in tmp_path.glob(f"*{ending}")]
+        assert sorted(names) == sorted(["a.b_BYTE", "a.b_BYTE", "1_2", "1", "1_3", "tall", "Tall_2"])
     assert Image.open(tmp_path / "tall.pca.png").width > 500
     features = load_file(tmp_path / "features.safetensors")
     assert features[str(photos / "tall.png")].shape == (64, 36, 16)
@@ -313,7 +336,9 @@ def test_cost_counts_every_multiplication_and_times_what_training_compiles(capsy
     monkeypatch.setattr(torch, "compile", lambda *a, **k: compiled.append(a) or real(*a, **k | {"backend": "eager"}))
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **k: compiled.append(self))
     probe.main("--task cost --backbone timm:test_vit --repeats 1 --size 64 --batch_size 2 --compile".split())
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    printed, progress = capsys.readouterr()
+    rows = json.loads(printed.splitlines()[-1])["rows"]
+    assert "measuring" in progress
     assert [(row["row"], row["size"]) for row in rows] == [
         ("baseline", 64), ("BRIXEL", 64), ("teacher", 256), ("BRIXEL, compiled", 64), ("teacher, compiled", 256)]
     model = brixel.Brixel(brixel.load_backbone("timm:test_vit", None)).eval()
