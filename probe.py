@@ -270,9 +270,9 @@ class Features:
         passes = 1 if "features" in self.kept else epochs          # of the network
         computing, reading = milliseconds([partial(self.extract, pixels), partial(images.__getitem__, 0)], repeats=1)
         ms = passes * computing / len(pixels) + (1 if self.kept else epochs) * reading / max(1, cfg.num_workers)
-        often, time = f"{passes} times" if passes > 1 else "once", duration(n / acc.num_processes * ms / 1000)
+        often, takes = f"{passes} times" if passes > 1 else "once", duration(n / acc.num_processes * ms / 1000)
         acc.print(f"  {n:,} {images.split} images; kept on the {place}: {what} ({nbytes / 1e6:,.0f} MB); features are "
-                  f"computed {often}, which takes about {time}")
+                  f"computed {often}, which takes about {takes}")
         loading = {"num_workers": cfg.num_workers, "pin_memory": acc.device.type == "cuda"}
         self.parts = []                                            # images of each batch, set by batches()
         self.loader = DataLoader(images, batch_sampler=self.parts, persistent_workers=cfg.num_workers > 0, **loading)

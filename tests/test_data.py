@@ -211,9 +211,8 @@ def test_photos_of_folders_and_tars_are_read_in_place_and_what_is_none_is_noted(
     monkeypatch.setattr("data.usable_cores", lambda: 9)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     for place in (photos, photos / "*"):
-        with monkeypatch.context() as patch:
-            patch.setattr("os.path.exists", asked := Mock(side_effect=os.path.exists))
-            index = data.PhotoIndex(place)
+        monkeypatch.setattr("os.path.exists", asked := Mock(side_effect=os.path.exists))
+        index = data.PhotoIndex(place)
         assert asked.call_count == 4 or place != photos              # of the folder and its links, not for each file
         names = [*(f"{i}.jpg" for i in range(8)), "a.png", "c.WEBP", "b.Tiff", "pca.png"]
         assert sorted(os.path.basename(path) for path in index.files) == sorted(names)
