@@ -35,6 +35,24 @@ VARIANTS = {
     "best, constant learning rate": "--preset best --lr_decay 0",
     "best, no cosine term": "--preset best --lambda_cosine 0",
     "best, the paper's weights of edge and spectral loss": "--preset best --lambda_edge 1 --lambda_spectral 0.1",
+    "paper, lambda_spectral 0.03": "--preset paper --lambda_spectral 0.03",
+    "paper, no fftshift": "--preset paper",
+    "paper, head started at random": "--preset paper",
+}
+
+
+class RandomHead(brixel.Head):
+    """A head whose last layer starts at random, not at zero."""
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.out.reset_parameters()
+
+
+# What is replaced in brixel.py while a variant is trained that no setting tells apart
+REPLACED = {
+    "paper, no fftshift": {"ring_index": lambda H, W, *args, ring_index=brixel.ring_index:
+                           torch.fft.fftshift(ring_index(H, W, *args).view(H, W)).flatten()},
+    "paper, head started at random": {"Head": RandomHead},
 }
 
 
@@ -47,13 +65,15 @@ def all_maps(cfg, accelerator):
     return kept
 
 
-def train(flags, kept, photos, accelerator):
+def train(flags, replaced, kept, photos, accelerator):
     """Train on the crops whose maps are `kept`.   Returns: mean errors of bilinear and of BRIXEL on `photos`."""
     with (tempfile.TemporaryDirectory() as folder, mock.patch("brixel.Run.finish"),
           mock.patch("brixel.cached_pass", lambda _, *inputs, real=brixel.cached_pass: real(kept, *inputs)),
-          mock.patch("data.read_crop", lambda *_, **__: torch.empty(0))):                # nothing is decoded
+          mock.patch("data.read_crop", lambda *_, **__: torch.empty(0)),                 # nothing is decoded
+          mock.patch.dict(vars(brixel), replaced)):
         brixel.main([*flags, "--out", f"{folder}/out.pt"])
-        return brixel.evaluate(brixel.load(f"{folder}/out.pt"), photos, accelerator)[0]
+        model = brixel.load(f"{folder}/out.pt")
+    return brixel.evaluate(model, photos, accelerator)[0]         # all by the same losses
 
 
 def main(argv=None):
@@ -74,7 +94,7 @@ def main(argv=None):
         key = {"variant": variant, "seed": seed, "flags": flags}
         if not any(key.items() <= record.items() for record in records):
             run = [*COMMON, *flags, *VARIANTS[variant].split(), "--seed", str(seed)]
-            records.append(key | train(run, kept, photos, accelerator))
+            records.append(key | train(run, REPLACED.get(variant, {}), kept, photos, accelerator))
             args.out.write_text("".join(f"{json.dumps(record)}\n" for record in records))
     print(f"| variant | seeds | {' | '.join(TERMS)} |\n|{'---|' * 6}")
     for name in dict.fromkeys(["bilinear", *(record["variant"] for record in records)]):

@@ -26,6 +26,11 @@ TERMS = ("l1", "cosine", "edge", "spectral")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def side_of_same_cost(size, patch_size):
+    """Side, in pixels, at which the ViT alone costs about what it costs at `size` with BRIXEL."""
+    return int(1.375 * size / patch_size + 0.5) * patch_size
+
+
 def make_rows(args):
     """(first model, {row: (side of the ViT's image, its upsampler(image, layers))})."""
     models = {path: brixel.load(path).to(DEVICE) for path in args.ckpt}
@@ -37,7 +42,7 @@ def make_rows(args):
     def bilinear(image, layers):
         return F.interpolate(layers[-1], size=size, mode="bilinear")
 
-    sides = [int(factor * args.size / p + 0.5) * p for factor in (1.25, 1.375, 2)]
+    sides = args.vit_size or [side_of_same_cost(args.size, p)]
     rows = {"bilinear": (args.size, bilinear)} | {f"ViT at {side} px": (side, bilinear) for side in sides}
     rows |= {f"BRIXEL {path}": (args.size, model.upsampler) for path, model in models.items()}
     for name in args.hub:
@@ -79,8 +84,10 @@ def paired(photos, reference, term):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", required=True, help="folder of photographs; small ones are enlarged")
+    parser.add_argument("--photos", required=True, help="folder or pattern of photographs; small ones are enlarged")
     parser.add_argument("--size", type=int, default=112, help="side of the student's image, pixels")
+    parser.add_argument("--vit_size", type=int, nargs="+", help="sides of the larger images that the ViT alone sees; "
+                        "default: the one at which it costs about what BRIXEL does, 1.375 times --size")
     parser.add_argument("--ckpt", nargs="+", required=True, help="BRIXEL checkpoints; all is compared with the first")
     parser.add_argument("--hub", nargs="+", default=[], help="OWNER/REPO:NAME or FOLDER:NAME, whose code is run")
     parser.add_argument("--repeats", type=int, default=10, help="timed calls of each row, in turns")
