@@ -1365,7 +1365,7 @@ def file_in(path, name):
 def check_writable(path, flag="--out"):
     """Raise BrixelError early if the folder of `path`, which `flag` gives, is missing or read-only."""
     folder = Path(os.path.realpath(path)).parent
-    if not os.access(folder, os.W_OK):
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise BrixelError(f"{flag} {path}: there is no folder {folder} that can be written in")
 
 

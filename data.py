@@ -268,7 +268,7 @@ class Skipped:
         if self.said or samples == self.counts[""]:
             return []
         self.said, percent = True, 100 - 100 * self.counts[""] / samples
-        return [f"of the first {samples:,} samples {percent:.3g} % met a photo that cannot be used"]
+        return [f"{percent:.3g} % of the first {samples:,} samples met a photo that cannot be used, and took another one"]
 
 
 class Samples(Sampler):
@@ -294,15 +294,14 @@ class Samples(Sampler):
         epoch, i = divmod(n, length)
         if self.orders.get((place, length), (-1,))[0] != epoch:
             generator = torch.Generator().manual_seed((self.seed << 32) + (place << 20) + epoch)
-            self.orders[place, length] = epoch, torch.randperm(length, generator=generator).tolist()
-        return self.orders[place, length][1][i]
+            self.orders[place, length] = epoch, torch.randperm(length, generator=generator)
+        return int(self.orders[place, length][1][i])
 
     def __iter__(self):
         for n in self.samples:
             turn, place = divmod(n, self.places)
-            number, own = n, range(place, self.cache_crops, self.places)
-            if self.cache_crops:
-                number = own[self.draw(turn, len(own), place)]
+            own = range(place, self.cache_crops, self.places)     # the cached crops of this place
+            number = own[self.draw(turn, len(own), place)] if own else n
             yield number, self.draw(number, self.n_photos), self.sides[place // self.batch_size]
 
 
@@ -322,8 +321,7 @@ def check_workers(num_workers):
 def make_loaders(cfg, index, train_ids, val_ids, samples, accelerator, init_worker=None):
     """Loaders of the training samples numbered `samples`, a range of whole batches, and of the held-out photos.
 
-    cfg: the settings of brixel.py; each process gets a part of each batch of batch_size photos.   init_worker: a function
-        that every worker calls at its start.
+    cfg: the settings of brixel.py; each process gets a part of each batch.   init_worker: called by every worker.
     The first loader yields numbers, a list, crops (B, 3, S, S) uint8 and B strings, as Photos does.  The second yields
     what held_out_crop returns, for this process's share of the held-out photos, at one side after another.
     """
