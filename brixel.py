@@ -55,14 +55,16 @@ class BrixelError(ValueError):
 
 
 @contextlib.contextmanager
-def one_sentence(what):
-    """Make one BrixelError, `what` and the reason, of whatever is raised within; BRIXEL_DEBUG=1 shows where."""
+def one_sentence(what, only_warn=False):
+    """Make one BrixelError, or only a warning, `what` and the reason, of what is raised within."""
     try:
         yield
     except Exception as error:    # noqa: BLE001  no network, no access, a damaged file: every library has its own
         reason = re.sub(r"\x1b\[\d*m|\s+", " ", str(error)) or type(error).__name__      # one line, no colors
         reason = re.sub(r"(Weights only load failed)\. .*", r"\1", reason)         # torch's advice is to load unsafely
-        raise BrixelError(f"{what}: {reason[:300]}") from error
+        if not only_warn:
+            raise BrixelError(f"{what}: {reason[:300]}") from error
+        print(f"warning: {what}: {reason[:300]}", file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1175,7 +1177,7 @@ class Run:
             return
         self.model.save(self.out, step=self.step, held_out=means, **self.made_by)
         written = [self.out, self.log_file, *[self.state_file] * self.state_file.exists()]
-        with only_warn(f"no picture {self.picture}"):
+        with one_sentence(f"no picture {self.picture}", only_warn=True):
             write_panel(self.picture, ("photo", "ViT", "bilinear", "BRIXEL", "teacher"), pictures)
             written.append(self.picture)
         for at in [key.removeprefix("photos") for key in means if key.startswith("photos")]:  # "", or " at SIDE"
@@ -1346,15 +1348,6 @@ def write_panel(path, titles, rows, inches=2.6):
             axis.set_title(title)
             axis.set_axis_off()
         figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.05)
-
-
-@contextlib.contextmanager
-def only_warn(what):
-    """Turn an error within, in output that is not worth a run, into one line of warning: `what` and the reason."""
-    try:
-        yield
-    except Exception as error:    # noqa: BLE001  a plotting library raises almost anything
-        print(f"warning: {what}: {str(error) or type(error).__name__}", file=sys.stderr)
 
 
 def file_in(path, name):

@@ -409,7 +409,7 @@ def run_row(cfg, acc, size, model, scale, backbone):
         record |= {f"{name}_std": np.std([metrics[name] for metrics in scores], ddof=1).item() for name in scores[0]}
     if len(cfg.size) > 1:
         image = splits[1][0]["image"][None].to(acc.device)
-        with brixel.only_warn(f"cost of {size} pixels"):
+        with brixel.one_sentence(f"cost of {size} pixels", only_warn=True):
             record["gflops"] = gflops(partial(model, image.float()))
             [record["ms"]] = milliseconds([partial(val.extract, image)], repeats=5)
     return record, splits, partial(example_pictures, probe, val)
@@ -456,7 +456,7 @@ def run_benchmark(cfg):
         if acc.is_main_process:
             with brixel.atomic(f"{stem}.json") as temporary:
                 temporary.write_text(json.dumps(result, indent=1, allow_nan=False))
-            with brixel.only_warn(f"picture {stem}.png"):
+            with brixel.one_sentence(f"picture {stem}.png", only_warn=True):
                 shown |= {key.replace("predicted", row): value for key, value in draw().items()}   # of the last size
                 brixel.write_panel(f"{stem}.png", list(shown), list(zip(*shown.values(), strict=True)))
                 if len(cfg.size) > 1:
