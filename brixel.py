@@ -742,7 +742,6 @@ def train(cfg):
     """Distil the frozen teacher at full size into a student that sees 1 / scale of it.  Writes --out and its kin."""
     run = Run(cfg)
     accelerator, backbone, upsampler = run.accelerator, run.model.backbone, run.upsampler
-    stop = False                                   # whether any process was asked to stop
     with stop_requests() as stop_asked:
         for n, (numbers, image, skipped) in enumerate(run.loader, run.step * cfg.grad_accum):
             # by the number of the batch alone: a resumed run has the same stochastic depth
@@ -762,13 +761,10 @@ def train(cfg):
 
             lr = lr_at(run.step, cfg, run.steps_per_epoch)
             run.add_step(optimizer_step(upsampler, run.optimizers, lr), lr)
-            if stop_asked():
-                accelerator.set_trigger()
-            stop = accelerator.check_trigger()
-            run.save_and_evaluate(stop)
-            if stop:
+            run.save_and_evaluate(stop_asked())
+            if run.stopped:
                 break
-        run.end(stop)
+        run.end()
 
 
 @torch.no_grad()
@@ -946,8 +942,10 @@ class Run:
     def __init__(self, cfg):
         import data
 
-        self.cfg, self.step, self.bad, self.maps_of = cfg, 0, 0, {}         # bad: steps in a row that were not finite
-        self.out = file_in(cfg.out, "out.pt")
+        self.cfg, self.step, self.maps_of, self.changes = cfg, 0, {}, []
+        self.stopped, self.bad = False, 0          # bad: steps in a row that were not finite
+        in_folder = cfg.out.endswith(("/", os.sep)) or os.path.isdir(cfg.out)
+        self.out = Path(cfg.out, "out.pt") if in_folder else Path(cfg.out)
         endings = ".state", ".jsonl", ".png", ".tensorboard"
         self.state_file, self.log_file, self.picture, self.board = map(self.out.with_suffix, endings)
         self.check_files()
@@ -960,13 +958,14 @@ class Run:
         self.made_by = {"training": vars(cfg), "command": shlex.join(sys.argv)}           # goes into out.pt
         self.settings = {**vars(cfg), **self.model.settings, "n_photos": len(self.index),
                          "processes": self.accelerator.num_processes}
-        changes = self.resume() if cfg.resume else None
+        if cfg.resume:
+            self.resume()
         self.first, self.per_step = self.step, cfg.batch_size * cfg.grad_accum
         self.steps_per_epoch = (cfg.cache_crops or len(self.train_ids)) / self.per_step
-        self.begin(changes)
+        self.begin()
 
-    def begin(self, changes):
-        """Make the loaders, take the files, say what will be done.   changes: of resume(), or None."""
+    def begin(self):
+        """Make the loaders, take the files, say what will be done."""
         import data
         from accelerate.utils import tqdm
 
@@ -979,8 +978,8 @@ class Run:
         accelerator.init_trackers("brixel" if cfg.report_to == "wandb" else self.board.name,
                                   config={key: str(value) for key, value in vars(cfg).items()},
                                   init_kwargs={"wandb": {"name": self.out.stem}})
-        accelerator.print(*self.index.notes, *self.start_lines(changes), sep="\n")
-        if changes is None or changes:
+        accelerator.print(*self.index.notes, *self.start_lines(), sep="\n")
+        if self.changes or not cfg.resume:
             self.log({"settings": self.settings})
         atexit.register(end_workers)
         if cfg.cache_crops and self.step < cfg.max_steps:
@@ -1010,10 +1009,7 @@ class Run:
                                   f"{patch_size}, such as {near} (--teacher_size)")
 
     def resume(self):
-        """Go on from out.state.   Returns: the settings that have changed since, each in a few words.
-
-        Raises: BrixelError if there is none, if it is damaged, or if it is of another run (SAME_RUN).
-        """
+        """Go on from out.state, unless it is of another run (SAME_RUN).  `changes` says which settings are others now."""
         path = self.state_file
         if not path.exists():
             raise BrixelError(f"there is no {path} to go on from: give --overwrite, not --resume")
@@ -1030,13 +1026,10 @@ class Run:
         self.model.upsampler.load_state_dict(state["model"])
         for optimizer, content in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(content)
-        return list(changed.values())
+        self.changes = list(changed.values())
 
     def take_files(self):
-        """Open out.jsonl for this run alone, and drop what was logged after the step from which it goes on.
-
-        Raises: BrixelError if another run has it.
-        """
+        """Open out.jsonl for this run alone; of its earlier part the lines up to the step from which it goes on stay."""
         new = not (self.cfg.overwrite or self.cfg.resume)
         taken = BrixelError(f"another run is writing {self.log_file}: wait for its end, or choose another --out")
         try:
@@ -1052,24 +1045,24 @@ class Run:
         if self.cfg.overwrite:
             self.state_file.unlink(missing_ok=True)
             shutil.rmtree(self.board, ignore_errors=True)
-        end = length = 0                           # of the part that stays, in bytes
+        kept = []
         self.log_lines.seek(0)
         for line in self.log_lines.readlines() if self.cfg.resume else ():
-            length += len(line)
-            with contextlib.suppress(ValueError, TypeError, KeyError):    # damaged lines count nowhere
+            with contextlib.suppress(ValueError, TypeError, KeyError):    # damaged lines go
                 record = json.loads(line)
                 final = record["step"] == self.cfg.max_steps and not {"loss", "settings"} & set(record)
                 if record["step"] <= self.step and not final and line.endswith(b"\n"):    # finish() logs the final one
-                    end = length
-        self.log_lines.truncate(end)
+                    kept.append(line)
+        self.log_lines.truncate(0)
+        self.log_lines.write(b"".join(kept))
 
-    def start_lines(self, changes):
-        """What this run is, in lines for a person.   changes: of resume(), or None."""
+    def start_lines(self):
+        """What this run is, in lines for a person."""
         cfg, device = self.cfg, self.accelerator.device
         preset = vars(load_config(["--preset", cfg.preset], "preset", "paper", ""))
         differing = [f"{key} {value}" for key, value in vars(cfg).items() if value != preset[key]]
-        if changes is not None:
-            yield "; ".join([f"resuming after step {self.step} of {cfg.max_steps}", *changes])
+        if cfg.resume:
+            yield "; ".join([f"resuming after step {self.step} of {cfg.max_steps}", *self.changes])
         elif differing:
             yield f"settings that differ from preset {cfg.preset}: {', '.join(differing)}"
         yield (f"{len(self.train_ids):,} photos to train on, {len(self.val_ids)} held out; "
@@ -1110,18 +1103,22 @@ class Run:
             memory, hours = torch.cuda.max_memory_allocated() / 1e9, self.cfg.max_steps * self.per_step / rate / 3600
             self.accelerator.print(f"\n{rate:.3g} images/s, at most {memory:.3g} GB of a GPU, {hours:.2g} hours in all")
         if self.step % self.cfg.log_every == 0 or self.step == self.cfg.max_steps:
-            mean = torch.stack(self.losses).mean(0) if self.losses else torch.zeros(0, device=self.accelerator.device)
-            record = dict(zip(self.names, self.accelerator.reduce(mean, "mean").tolist()))
-            record |= {"images/s": rate, "lr": lr, "left_out": self.left_out}
+            record = {"images/s": rate, "lr": lr, "left_out": self.left_out}
+            if self.losses:                        # of a step that was finite, the same in all processes
+                mean = self.accelerator.reduce(torch.stack(self.losses).mean(0), "mean")
+                record = dict(zip(self.names, mean.tolist())) | record
             self.progress.set_postfix_str(" ".join(f"{name} {value:.3g}" for name, value in record.items()))
             self.log(record)
             self.losses, self.images, self.left_out, self.clock = [], 0, 0, time.time()
 
-    def save_and_evaluate(self, stop):
+    def save_and_evaluate(self, stop_asked):
         """Save and evaluate, if it is time.  Saving comes first: whatever ends an evaluation costs nothing."""
+        if stop_asked:
+            self.accelerator.set_trigger()
+        self.stopped = self.accelerator.check_trigger()           # whether any process was asked to stop
         last, pause = self.step == self.cfg.max_steps, time.time()
-        evaluating = self.step % self.cfg.eval_every == 0 and not (last or stop)
-        if stop or last or evaluating or self.step % self.cfg.save_every == 0:
+        evaluating = self.step % self.cfg.eval_every == 0 and not (last or self.stopped)
+        if self.stopped or last or evaluating or self.step % self.cfg.save_every == 0:
             self.save()
         self.progress.update()
         if evaluating:
@@ -1147,16 +1144,16 @@ class Run:
             self.model.save(self.out, step=self.step, **self.made_by)
         self.accelerator.wait_for_everyone()
 
-    def end(self, stop):
+    def end(self):
         """After the last step: finish, unless the run was asked to stop; then exit and say how to go on."""
         self.progress.close()
         for line in self.skipped_photos.end():
             self.accelerator.print(line)
-        if not stop:
+        if not self.stopped:
             self.finish()
         self.accelerator.wait_for_everyone()       # gloo's threads let go of what was gathered, or torch 2.10 may hang
         self.accelerator.end_training()
-        if stop:
+        if self.stopped:
             said = f"\nstopped by a signal after step {self.step}; to go on, add --resume"
             sys.exit(said if self.accelerator.is_main_process else 1)
 
@@ -1336,11 +1333,6 @@ def write_panel(path, titles, rows, inches=2.6):
             axis.set_title(title)
             axis.set_axis_off()
         figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.05)
-
-
-def file_in(path, name):
-    """`path`, or the file `name` in it if it is a folder, as "results/" is."""
-    return Path(path, name) if str(path).endswith(("/", os.sep)) or os.path.isdir(path) else Path(path)
 
 
 def check_writable(path, flag="--out"):
