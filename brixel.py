@@ -855,20 +855,19 @@ def set_up(cfg, backbone, accelerator):
 
     The model has new weights, or the mean of those of --init (a "model soup", arXiv 2203.05482).
     """
-    torch.manual_seed(cfg.seed)                                   # the same initial weights in all processes
-    model = Brixel(backbone, cfg.scale, drop_path=cfg.drop_path, full_rank=cfg.full_rank)
-    if cfg.init[0]:
-        wanted = model.settings
+    options, states = {"scale": cfg.scale, "full_rank": cfg.full_rank}, []
+    for path in filter(None, cfg.init):
         with one_sentence("--init"):
-            models = [load(path, backbone, drop_path=cfg.drop_path) for path in cfg.init]
-        model, states = models[0], [other.upsampler.state_dict() for other in models]
-        options = model.upsampler.options | {"scale": cfg.scale, "full_rank": cfg.full_rank}
-        for path, other in zip(cfg.init, models):
-            if other.upsampler.options != options:
-                raise BrixelError(f"{path} has {other.upsampler.options}, not {options} (--init, --scale, --full_rank)")
+            other = load(path, backbone).upsampler
+        options = other.options | options                         # width, skip and stem_width are those of the first
+        if other.options != options:
+            raise BrixelError(f"{path} has {other.options}, not {options} (--init, --scale, --full_rank)")
+        states.append(other.state_dict())
+    torch.manual_seed(cfg.seed)                                   # the same initial weights in all processes
+    model = Brixel(backbone, drop_path=cfg.drop_path, **options)
+    if states:
         model.upsampler.load_state_dict({key: torch.stack([state[key].float() for state in states]).mean(0)
                                          for key in states[0]})
-        model.settings = wanted | options                         # not its errors, command and so on
     model = model.to(accelerator.device).train()
     if cfg.compile:
         compile_parts(model)
@@ -1182,12 +1181,12 @@ class Run:
 # ----------------------------------------------------------------------------------------------------------------------
 # 7. Files: weights, the released checkpoints, pictures
 
-def load(path, backbone=None, weights=None, drop_path=0.3):
+def load(path, backbone=None, weights=None):
     """Rebuild a model from a checkpoint of this file or of the authors.   Returns: Brixel in eval mode, on the CPU.
 
     path: out.pt, out.safetensors, a folder or Hub repository holding brixel.safetensors, or a released .pth.
     backbone: alias or module; default: the one the checkpoint names (a released checkpoint names none).
-    weights: of the backbone, as in load_backbone; default: as trained.   drop_path: for further training.
+    weights: of the backbone, as in load_backbone; default: as trained.
     Raises: BrixelError if the file is no checkpoint, or of another backbone, by its name (hf: may lie elsewhere now).
     """
     tensors, settings = read_tensors(checkpoint_file(path))
@@ -1205,7 +1204,7 @@ def load(path, backbone=None, weights=None, drop_path=0.3):
         if settings.get("patch_size", backbone.patch_size) != backbone.patch_size:
             raise ValueError(f"trained for patch size {settings['patch_size']}, not {backbone.patch_size}")
         options = ("scale", "width", "skip", "stem_width", "full_rank")
-        model = Brixel(backbone, drop_path=drop_path, **{key: settings[key] for key in options if key in settings})
+        model = Brixel(backbone, **{key: settings[key] for key in options if key in settings})
         model.upsampler.load_state_dict(tensors)
     warn_of_other_weights(path, settings, backbone)
     model.settings = settings | model.settings                    # backbone and weights as they are now

@@ -146,9 +146,9 @@ def test_checkpoint_round_trip(tmp_path, suffix, options):
     default = {"backbone": "toy", "weights": "pretrained", "fingerprint": None, "embed_dim": 64, "patch_size": 16,
                "scale": 4, "width": 64, "skip": "full", "stem_width": 64, "full_rank": False}
     model.save(path, note="one")
-    again = brixel.load(path, model.backbone, drop_path=0.1)
+    again = brixel.load(path, model.backbone)
     assert again.settings == {**default, **options, "note": "one"} and not again.training
-    assert again.upsampler.adapter.extractors[0].drop_path == 0.1 and torch.equal(model(x), again(x))
+    assert torch.equal(model(x), again(x))
 
 
 def test_checkpoint_in_a_folder_or_on_the_hub_rebuilds_its_backbone(tmp_path, monkeypatch):
