@@ -518,10 +518,7 @@ class Brixel(nn.Module):
         return self
 
     def forward(self, x):
-        """x: (B, 3, H, W) normalized, sides multiples of p -> (B, C, scale*H/p, scale*W/p).
-
-        Raises: BrixelError (a ValueError) for any other size; it names the nearest one that fits.
-        """
+        """x: (B, 3, H, W) normalized, sides multiples of p -> (B, C, scale*H/p, scale*W/p)."""
         check_image(x, self.settings["patch_size"])
         return self.upsampler(x, self.backbone.layers(x))
 
@@ -810,11 +807,7 @@ def evaluate(model, val_loader, accelerator):
 # 6. A run: what it consists of, how it is stopped, what it prints, logs and saves.  A reader may skip this section.
 
 def plain_accelerator(grad_accum=1, **options):
-    """Accelerate with these options, whatever `accelerate config` has left in the environment.
-
-    Raises: BrixelError if it is configured for what a network this small does not need, or if this is one of several
-    processes of which each would run alone and write the same files.
-    """
+    """Accelerate with these options, whatever `accelerate config` has left in the environment."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import GradientAccumulationPlugin
@@ -1010,9 +1003,7 @@ class Run:
     def resume(self):
         """Go on from out.state, unless it is of another run (SAME_RUN).  `changes` says which settings are others now."""
         path = self.state_file
-        if not path.exists():
-            raise BrixelError(f"there is no {path} to go on from: give --overwrite, not --resume")
-        with one_sentence(f"{path} is damaged: start anew with --overwrite"):
+        with one_sentence(f"cannot go on from {path} (start anew with --overwrite, not --resume)"):
             state = torch.load(path, map_location="cpu", weights_only=True)
             saved, self.step = state["settings"], state["step"]
         changed = {key: f"{key} was {saved.get(key)!r}, is {value!r}" for key, value in self.settings.items()
@@ -1070,9 +1061,7 @@ class Run:
         warmup = min(math.ceil(cfg.warmup_epochs * self.steps_per_epoch), cfg.max_steps)
         place = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
         yield (f"{cfg.max_steps:,} steps of {self.per_step} photos, {warmup:,} of them warm-up, on "
-               f"{self.accelerator.num_processes} x {place}")
-        yield (f"{self.out} and {self.state_file} are saved every {cfg.save_every:,} steps; {self.log_file} has all "
-               "settings and errors")
+               f"{self.accelerator.num_processes} x {place}; saved in {self.out} and {self.state_file}")
         if cfg.cache_crops:
             yield (f"first the teacher's maps of {cfg.cache_crops} crops are computed; each process keeps those of its "
                    "own crops in memory")
@@ -1392,9 +1381,9 @@ def load_config(argv, flag, default, description, path=Path(__file__).with_name(
         yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # merge keys, `<<: *name`
 
         def construct_mapping(self, node, deep=False):
-            lines = {}
+            keys = [key.value for key, _ in node.value]
             for key, _ in node.value:
-                if lines.setdefault(key.value, key.start_mark.line + 1) != key.start_mark.line + 1:
+                if keys.count(key.value) > 1:
                     raise BrixelError(f"line {key.start_mark.line + 1}: {key.value} is there twice")
             return super().construct_mapping(node, deep)
 
