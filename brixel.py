@@ -806,17 +806,22 @@ def evaluate(model, val_loader, accelerator):
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. A run: what it consists of, how it is stopped, what it prints, logs and saves.  A reader may skip this section.
 
-def plain_accelerator(grad_accum=1, **options):
-    """Accelerate with these options, whatever `accelerate config` has left in the environment."""
-    from accelerate import Accelerator
+def make_accelerator(mixed_precision="no", grad_accum=1, report_to="none", folder="."):
+    """Accelerate, whatever `accelerate config` has left in the environment.   folder: of the tracker's files."""
+    from accelerate import Accelerator, DataLoaderConfiguration
     from accelerate.state import AcceleratorState
     from accelerate.utils import GradientAccumulationPlugin
 
     AcceleratorState._reset_state()                # in a notebook the run before may have had another precision
     with one_sentence("Accelerate cannot start"):
-        accelerator = Accelerator(cpu=torch.backends.mps.is_available(), dynamo_backend="no",   # MPS has no float64
-                                  gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=grad_accum),
-                                  **options)
+        accelerator = Accelerator(
+            mixed_precision=mixed_precision, dynamo_backend="no",
+            cpu=torch.backends.mps.is_available(),                # MPS has no float64
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=grad_accum),
+            dataloader_config=DataLoaderConfiguration(non_blocking=True),
+            log_with=None if report_to == "none" else report_to, project_dir=folder)
+    if report_to != "none" and not accelerator.log_with:          # accelerate only warns
+        raise BrixelError(f"{report_to} is not installed (--report_to)")
     if accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU") or accelerator.parallelism_config:
         raise BrixelError("choose multi-GPU or no distributed training in `accelerate config`; this network is too small "
                           f"for {accelerator.distributed_type.value} and parallelism")
@@ -826,20 +831,6 @@ def plain_accelerator(grad_accum=1, **options):
         raise BrixelError(f"{os.environ[name]} processes were started ({name}), but each would run alone: start them by "
                           "`accelerate launch` or torchrun, with a GPU that torch sees for each, or on CPUs with "
                           f"ACCELERATE_USE_CPU=true; if there is only one process, unset {name}")
-    return accelerator
-
-
-def make_accelerator(cfg):
-    """Accelerate as cfg says; a loader's batch is that of all processes together."""
-    from accelerate import DataLoaderConfiguration
-
-    tracker = None if cfg.report_to == "none" else cfg.report_to
-    accelerator = plain_accelerator(
-        cfg.grad_accum, mixed_precision=cfg.mixed_precision, log_with=tracker,
-        project_dir=Path(cfg.out).absolute().parent,
-        dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True))
-    if tracker and not accelerator.log_with:                      # accelerate only warns
-        raise BrixelError(f"{tracker} is not installed (--report_to)")
     return accelerator
 
 
@@ -943,7 +934,8 @@ class Run:
         self.check_files()
         self.index = data.PhotoIndex(cfg.data_dir, flag="--data_dir, or --preset quickstart for a first try")
         self.train_ids, self.val_ids = data.split(len(self.index), cfg.val_share)
-        self.accelerator = make_accelerator(cfg)   # after the photos: tar files are read by forks, before CUDA is up
+        # after the photos: tar files are read by forks, before CUDA is up
+        self.accelerator = make_accelerator(cfg.mixed_precision, cfg.grad_accum, cfg.report_to, self.out.absolute().parent)
         backbone = load_backbone(cfg.backbone, cfg.weights)
         self.check_sizes(backbone.patch_size)
         self.model, self.upsampler, self.optimizers = set_up(cfg, backbone, self.accelerator)

@@ -338,7 +338,7 @@ def make_loaders(cfg, index, train_ids, val_ids, samples, accelerator, init_work
     own = [(i, i, side) for side in sides for i in range(accelerator.process_index, len(val_ids), world)]
     workers = {"num_workers": cfg.num_workers, "worker_init_fn": init_worker, "generator": torch.Generator(),
                "pin_memory": torch.cuda.is_available()}      # a generator of its own: no loader disturbs a resume
-    loader = DataLoader(photos, cfg.batch_size, sampler=samples, collate_fn=collate, **workers)
+    loader = DataLoader(photos, cfg.batch_size // world, sampler=samples, collate_fn=collate, **workers)
     return accelerator.prepare(loader), DataLoader(held_out, None, sampler=own, collate_fn=held_out_crop, **workers)
 
 

@@ -429,7 +429,7 @@ def run_benchmark(cfg):
     if min(cfg.size) < 1 or len(cfg.color_jitter) != 4 or cfg.color_jitter[3] > 0.5:
         raise DataError("--size must be 1 or more, --color_jitter four numbers, the last, of the hue, at most 0.5")
     check_workers(cfg.num_workers)
-    acc = brixel.plain_accelerator(mixed_precision="no")           # of the readout; Features has its own
+    acc = brixel.make_accelerator()           # of the readout; Features has its own
     for split in ("train", "val"):                                 # tells of a wrong folder before a download
         smallest_batch = min(len(read_split(cfg, split, 1)), (cfg.batch_size + 1) // 2)
         if smallest_batch < acc.num_processes:

@@ -24,7 +24,7 @@ def main(argv=None):
     parser.add_argument("--repeats", type=int, default=10)
     args, flags = parser.parse_known_args(argv)
     cfg = brixel.load_config(flags, "preset", "paper", "")
-    accelerator, backbone = brixel.make_accelerator(cfg), brixel.load_backbone(cfg.backbone, None)
+    accelerator, backbone = brixel.make_accelerator(cfg.mixed_precision), brixel.load_backbone(cfg.backbone, None)
     _, upsampler, optimizers = brixel.set_up(cfg, backbone, accelerator)
     shape = cfg.batch_size, 3, cfg.teacher_size[0], cfg.teacher_size[0]
     image = torch.randint(256, shape, dtype=torch.uint8, device=accelerator.device)

@@ -140,7 +140,7 @@ def test_photo_that_cannot_be_used_is_named_another_takes_its_place_and_twenty_i
 
 def loaders(photos, world=1, process=0, **changes):
     """make_loaders for samples 4 to 15 of eight photos, of which 0, 4 and 7 are held out."""
-    prepare = partial(prepare_data_loader, num_processes=world, process_index=process, split_batches=True)
+    prepare = partial(prepare_data_loader, num_processes=world, process_index=process)
     accelerator = Mock(num_processes=world, process_index=process, prepare=prepare)
     ids = data.split(8, 0.4)
     return data.make_loaders(settings(**changes), data.PhotoIndex(photos), *ids, range(4, 16), accelerator)

@@ -420,7 +420,7 @@ def test_a_step_waits_for_the_device_once_and_sends_it_nothing(fresh_accelerate,
             return func(*args, **kwargs or {})
 
     cfg = settings("--preset", "best", *map(str, FAST), "--out", str(tmp_path / "out.pt"))
-    accelerator, backbone = brixel.make_accelerator(cfg), brixel.load_backbone(cfg.backbone, cfg.weights)
+    accelerator, backbone = brixel.make_accelerator(cfg.mixed_precision), brixel.load_backbone(cfg.backbone, cfg.weights)
     model, upsampler, optimizers = brixel.set_up(cfg, backbone, accelerator)
     for mode in (contextlib.nullcontext(), Count()):              # the first step keeps what is made once
         image = torch.randint(256, (2, 3, 128, 128), dtype=torch.uint8)
