@@ -1422,6 +1422,8 @@ class Console:
     """A stream whose reader may be gone (tee, a closed terminal): what is written from then on is dropped."""
     def __init__(self, stream):
         self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")         # what it cannot show is shown otherwise
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -1446,9 +1448,6 @@ REMEDIES = {
 @contextlib.contextmanager
 def command_line(program):
     """Within it a user's mistake is one sentence and exit code 1, on any console; BRIXEL_DEBUG=1 shows where."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")         # what it cannot show is shown otherwise
     torch.backends.cuda.matmul.allow_tf32 = True                  # float32 products, "high" as in the released code
     os.environ["MPLBACKEND"] = "agg"                              # a notebook's may not be installed here
     for harmless in ("This DataLoader will create", "Grad strides do not match"):      # more workers than cores; speed
@@ -1459,8 +1458,8 @@ def command_line(program):
     except KeyboardInterrupt:        # within the training loop a first one saves the state
         sys.exit(f"{program}: stopped")
     except Exception as error:
-        data_error = getattr(sys.modules.get("data"), "DataError", BrixelError)
-        mistake = isinstance(error, BrixelError | data_error | OSError | MemoryError | torch.OutOfMemoryError)
+        from data import DataError
+        mistake = isinstance(error, BrixelError | DataError | OSError | MemoryError | torch.OutOfMemoryError)
         remedy = next((remedy for pattern, remedy in REMEDIES.items() if re.search(pattern, str(error))), "")
         if not (mistake or remedy) or os.environ.get("BRIXEL_DEBUG"):
             raise
