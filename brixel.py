@@ -262,8 +262,8 @@ def load_backbone(name, weights="pretrained"):
     if source not in ("timm", "open_clip", "hf", "sample") or not model_name:
         raise BrixelError(f"unknown backbone {name!r}; known: {', '.join(sorted(BACKBONES))}, and timm:NAME, "
                           "open_clip:NAME/TAG, hf:NAME_OR_FOLDER")
-    hint = "weights may also be a file; backbone sample needs no hub"
-    with torch.random.fork_rng(devices=[]), one_sentence(f"cannot load backbone {name} with weights {weights} ({hint})"):
+    problem = f"cannot load backbone {name} with weights {weights} (a file will do; backbone sample needs no hub)"
+    with torch.random.fork_rng(devices=[]), one_sentence(problem):
         torch.default_generator.manual_seed(0)     # random weights are the same at every call
         if source == "sample":                     # of transformers, out of a wheel
             from data import sample_folder
@@ -523,7 +523,7 @@ class Brixel(nn.Module):
         return self.upsampler(x, self.backbone.layers(x))
 
     def preprocess(self, image, size=None):
-        """PIL image, 8 bits -> (1, 3, H, W), upright, transparency on white, normalized, of the model's device and dtype.
+        """PIL image, 8 bits -> (1, 3, H, W), upright, on white, normalized, of the model's device and dtype.
 
         size: short side in pixels (default: the photo's own), rounded to the patch size; or (H, W).
         Raises: BrixelError for what is no such image, and for a size that does not fit.
@@ -819,17 +819,17 @@ def make_accelerator(mixed_precision="no", grad_accum=1, report_to="none", folde
             cpu=torch.backends.mps.is_available(),                # MPS has no float64
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=grad_accum),
             dataloader_config=DataLoaderConfiguration(non_blocking=True),
-            log_with=None if report_to == "none" else report_to, project_dir=folder)
+            log_with=None if report_to == "none" else report_to, project_dir=Path(folder).absolute())
     if report_to != "none" and not accelerator.log_with:          # accelerate only warns
         raise BrixelError(f"{report_to} is not installed (--report_to)")
     if accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU") or accelerator.parallelism_config:
-        raise BrixelError("choose multi-GPU or no distributed training in `accelerate config`; this network is too small "
-                          f"for {accelerator.distributed_type.value} and parallelism")
+        raise BrixelError("choose multi-GPU or no distributed training in `accelerate config`; this network is too "
+                          f"small for {accelerator.distributed_type.value} and parallelism")
     names = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
     name = next((name for name in names if os.environ.get(name, "").isdecimal()), None)   # torchrun's, MPI's or srun's
     if name and int(os.environ[name]) > accelerator.num_processes:
-        raise BrixelError(f"{os.environ[name]} processes were started ({name}), but each would run alone: start them by "
-                          "`accelerate launch` or torchrun, with a GPU that torch sees for each, or on CPUs with "
+        raise BrixelError(f"{os.environ[name]} processes were started ({name}), but each would run alone: start them "
+                          "by `accelerate launch` or torchrun, with a GPU that torch sees for each, or on CPUs with "
                           f"ACCELERATE_USE_CPU=true; if there is only one process, unset {name}")
     return accelerator
 
@@ -935,7 +935,7 @@ class Run:
         self.index = data.PhotoIndex(cfg.data_dir, flag="--data_dir, or --preset quickstart for a first try")
         self.train_ids, self.val_ids = data.split(len(self.index), cfg.val_share)
         # after the photos: tar files are read by forks, before CUDA is up
-        self.accelerator = make_accelerator(cfg.mixed_precision, cfg.grad_accum, cfg.report_to, self.out.absolute().parent)
+        self.accelerator = make_accelerator(cfg.mixed_precision, cfg.grad_accum, cfg.report_to, self.out.parent)
         backbone = load_backbone(cfg.backbone, cfg.weights)
         self.check_sizes(backbone.patch_size)
         self.model, self.upsampler, self.optimizers = set_up(cfg, backbone, self.accelerator)
@@ -993,7 +993,7 @@ class Run:
                                   f"{patch_size}, such as {near} (--teacher_size)")
 
     def resume(self):
-        """Go on from out.state, unless it is of another run (SAME_RUN).  `changes` says which settings are others now."""
+        """Go on from out.state, unless it is of another run (SAME_RUN), and note in `changes` what differs now."""
         path = self.state_file
         with one_sentence(f"cannot go on from {path} (start anew with --overwrite, not --resume)"):
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -1011,7 +1011,7 @@ class Run:
         self.changes = list(changed.values())
 
     def take_files(self):
-        """Open out.jsonl for this run alone; of its earlier part the lines up to the step from which it goes on stay."""
+        """Open out.jsonl for this run alone.  A resumed one keeps the lines up to the step from which it goes on."""
         new = not (self.cfg.overwrite or self.cfg.resume)
         taken = BrixelError(f"another run is writing {self.log_file}: wait for its end, or choose another --out")
         try:
@@ -1069,7 +1069,7 @@ class Run:
             self.accelerator.print(line)
 
     def add_step(self, finite, lr):
-        """Count a step and log it if it is time.  Losses that were not finite are forgotten; ten in a row end the run."""
+        """Count a step; log, if it is time.  Losses that were not finite are forgotten; ten in a row end the run."""
         self.step += 1
         self.bad = 0 if finite else self.bad + 1
         if not finite:
@@ -1152,10 +1152,10 @@ class Run:
             n, n_val = means[f"photos{at}"], len(self.val_ids)
             few = " (the others are too small or broken: --min_side, --data_dir)" if n < n_val else ""
             print(f"errors{at} on {n} of {n_val} held-out photos{few}:")
-            print(" " * 8, *(f"{header:>11}" for header in ("L1 \u2193", "edge \u2193", "spectral \u2193", "cosine \u2191")))
+            terms = {"l1": "L1 \u2193", "edge": "edge \u2193", "spectral": "spectral \u2193", "cosine": "cosine \u2191"}
+            print(" " * 8, *(f"{header:>11}" for header in terms.values()))
             for row in ("bilinear", "BRIXEL"):
-                errors = [means[f"{row.lower()} {term}{at}"] for term in ("l1", "edge", "spectral", "cosine")]
-                print(row.ljust(8), *(f"{error:11.4g}" for error in errors))
+                print(row.ljust(8), *(f"{means[f'{row.lower()} {term}{at}']:11.4g}" for term in terms))
         print(f"wrote {', '.join(map(str, written))}; next: python probe.py --task pca --ckpt {self.out} --image PHOTO")
 
 
@@ -1206,8 +1206,8 @@ def checkpoint_file(path):
 
 def warn_of_other_weights(path, settings, backbone):
     """Warn if the backbone's features are not those that the checkpoint at `path`, with these settings, has learned."""
-    trained, here = (torch.tensor(x or []) for x in (settings.get("fingerprint"), getattr(backbone, "fingerprint", None)))
-    if len(trained) and len(here) and (trained - here).norm() > 0.01 * trained.norm():
+    trained, here = settings.get("fingerprint"), getattr(backbone, "fingerprint", None)
+    if trained and here and math.dist(trained, here) > 0.01 * math.hypot(*trained):
         print(f"warning: the features of backbone {backbone.name} are not those that {path} was trained with: has it "
               "other weights?", file=sys.stderr)
 
@@ -1232,7 +1232,7 @@ def read_tensors(path):
         settings = content.get("brixel")
         for key in ("state_dict_ema", "model_ema", "model", "model_state_dict", "state_dict", "teacher"):
             content = content.get(key, content)
-        wrappers = re.compile(r"^((module|_orig_mod|_fsdp_wrapped_module|model)\.)+")     # DDP, compile, FSDP, Lightning
+        wrappers = re.compile(r"^((module|_orig_mod|_fsdp_wrapped_module|model)\.)+")    # DDP, compile, FSDP, Lightning
         tensors = {wrappers.sub("", key): value for key, value in content.items() if torch.is_tensor(value)}
         if not tensors:
             raise ValueError("it holds no tensors")
