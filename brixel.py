@@ -95,15 +95,11 @@ def nearest_side(side, patch_size):
 
 
 def check_image(x, patch_size):
-    """Raise BrixelError unless x is a float tensor (B, 3, H, W) whose sides fit."""
+    """Raise BrixelError unless x is a float tensor (B, 3, H, W) whose sides are multiples of the patch size."""
     if not torch.is_tensor(x) or not x.is_floating_point() or x.ndim != 4 or x.shape[1] != 3:
         given = f"{tuple(x.shape)} {x.dtype}" if torch.is_tensor(x) else type(x).__name__
         raise BrixelError(f"the model takes a float tensor (B, 3, H, W), as model.preprocess makes it, not {given}")
-    check_sides(*x.shape[2:], patch_size)
-
-
-def check_sides(H, W, patch_size):
-    """Raise BrixelError, which names the nearest valid size, unless both sides are multiples of the patch size."""
+    H, W = x.shape[2:]
     near = nearest_side(H, patch_size), nearest_side(W, patch_size)
     if near != (H, W):
         raise BrixelError(f"image of {H} x {W} pixels (height x width): both sides must be multiples of the patch size "
@@ -541,13 +537,14 @@ class Brixel(nn.Module):
         short, p = min(image.size), self.settings["patch_size"]
         if isinstance(size, (tuple, list)):
             H, W = size
-            check_sides(H, W, p)
         elif (size or short) < 32:
             raise BrixelError(f"a short side of {size or short} pixels is too small: size must be 32 or more")
         else:
             W, H = (nearest_side(side * (size or short) / short, p) for side in image.size)
         x = pil_to_tensor(image.convert("RGB").resize((W, H), Image.Resampling.BICUBIC))[None]
-        return normalize(x, self.backbone).to(next(self.upsampler.parameters()))
+        x = normalize(x, self.backbone).to(next(self.upsampler.parameters()))
+        check_image(x, p)
+        return x
 
     def save(self, path, **info):
         """Write adapter, head and settings (not the backbone) to `path`, .pt or .safetensors.
@@ -819,7 +816,7 @@ def make_accelerator(mixed_precision="no", grad_accum=1, report_to="none", folde
             cpu=torch.backends.mps.is_available(),                # MPS has no float64
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=grad_accum),
             dataloader_config=DataLoaderConfiguration(non_blocking=True),
-            log_with=None if report_to == "none" else report_to, project_dir=Path(folder).absolute())
+            log_with=None if report_to == "none" else report_to, project_dir=folder)
     if report_to != "none" and not accelerator.log_with:          # accelerate only warns
         raise BrixelError(f"{report_to} is not installed (--report_to)")
     if accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU") or accelerator.parallelism_config:
