@@ -188,10 +188,7 @@ def from_open_clip(model_name, weights):
 
 
 class TransformersBackbone(Backbone):
-    """A ViT of transformers, by hub name or folder, without its text tower.   Arguments as load_backbone.
-
-    DINOv3, DINOv2, SigLIP and others whose final norm has one of the usual names.
-    """
+    """A ViT of transformers, by hub name or folder, without its text tower: DINOv3, DINOv2, SigLIP and others."""
     def __init__(self, name, model_name, weights):
         from transformers import AutoConfig, AutoImageProcessor, AutoModel, logging
 
@@ -217,7 +214,7 @@ class TransformersBackbone(Backbone):
         super().__init__(name, model.float(), config.patch_size, config.hidden_size, config.num_hidden_layers,
                          [x / white for x in mean], [x / white for x in std])
         inner = getattr(model, "vision_model", model)         # some versions wrap it
-        norm = getattr(inner, "norm", None) or getattr(inner, "layernorm", None)
+        norm = getattr(inner, "norm", None) or getattr(inner, "layernorm", None)              # the usual names
         self.final_norm = norm or inner.post_layernorm
 
     def tokens(self, x, indices):
@@ -547,10 +544,7 @@ class Brixel(nn.Module):
         return x
 
     def save(self, path, **info):
-        """Write adapter, head and settings (not the backbone) to `path`, .pt or .safetensors.
-
-        info: what shall travel along, plain values and dicts, such as the command that trained it.
-        """
+        """Write adapter, head, settings and `info`, plain values (not the backbone), to `path`, .pt or .safetensors."""
         tensors = {name: x.cpu().contiguous() for name, x in self.upsampler.state_dict().items()}
         settings = {**self.settings, **info}
         with atomic(path) as temporary:
@@ -832,10 +826,7 @@ def make_accelerator(mixed_precision="no", grad_accum=1, report_to="none", folde
 
 
 def set_up(cfg, backbone, accelerator):
-    """Returns: the Brixel model on its device; its upsampler as accelerate has wrapped it for training; the optimizers.
-
-    The model has new weights, or the mean of those of --init (a "model soup", arXiv 2203.05482).
-    """
+    """Returns: the Brixel model on its device; its upsampler as accelerate has wrapped it for training; the optimizers."""
     options, states = {"scale": cfg.scale, "full_rank": cfg.full_rank}, []
     for path in filter(None, cfg.init):
         with one_sentence("--init"):
@@ -846,7 +837,7 @@ def set_up(cfg, backbone, accelerator):
         states.append(other.state_dict())
     torch.manual_seed(cfg.seed)                                   # the same initial weights in all processes
     model = Brixel(backbone, drop_path=cfg.drop_path, **options)
-    if states:
+    if states:                                     # their mean: a "model soup", arXiv 2203.05482
         model.upsampler.load_state_dict({key: torch.stack([state[key].float() for state in states]).mean(0)
                                          for key in states[0]})
     model = model.to(accelerator.device).train()
@@ -1160,7 +1151,7 @@ class Run:
 # 7. Files: weights, the released checkpoints, pictures
 
 def load(path, backbone=None, weights=None):
-    """Rebuild a model from a checkpoint of this file or of the authors.   Returns: Brixel in eval mode, on the CPU.
+    """A checkpoint of this file or of the authors -> Brixel in eval mode, on the CPU.
 
     path: out.pt, out.safetensors, a folder or Hub repository holding brixel.safetensors, or a released .pth.
     backbone: alias or module; default: the one the checkpoint names (a released checkpoint names none).
@@ -1360,7 +1351,7 @@ class Parser(argparse.ArgumentParser):
 def load_config(argv, flag, default, description, path=Path(__file__).with_name("config.yaml")):
     """Settings of one run: a section of config.yaml, each of its keys a flag, the comment beside it the help.
 
-    flag: "preset" (of brixel.py) or "task" (of probe.py), which names the section.   Returns: argparse.Namespace.
+    flag: "preset" (of brixel.py) or "task" (of probe.py), which names the section.
     Raises: BrixelError for an unknown key or a value that cannot be, in the section or in argv.
     """
     import yaml
