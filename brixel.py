@@ -648,13 +648,14 @@ def cosine_loss(student, teacher, mean):
     return 1 - F.cosine_similarity(student, teacher, dim=1).mean()
 
 
-def brixel_loss(student, teacher, lambda_edge=1.0, lambda_spectral=0.1, lambda_cosine=0.0, k=8, accelerator=None):
+def brixel_loss(student, teacher, lambda_edge=1.0, lambda_spectral=0.1, lambda_cosine=0.0, k=8, accelerator=None,
+                components=None):
     """Total loss, Eq. 5, and the cosine term where it has a weight.
 
-    student, teacher: (B, C, H, W).   k, accelerator: of principal_components.
+    student, teacher: (B, C, H, W).   k, accelerator: of principal_components.   components: what it has returned.
     Returns: (total, {"l1", "edge", "spectral"[, "cosine"]}), scalars.
     """
-    P, mean = principal_components(teacher, k, accelerator)
+    P, mean = components or principal_components(teacher, k, accelerator)
     terms = {"l1": l1_loss(student, teacher),
              "edge": edge_loss(student, teacher, P),
              "spectral": spectral_loss(student, teacher)}
@@ -775,9 +776,9 @@ def evaluate(model, val_loader, accelerator):
         with accelerator.autocast():
             student = model.upsampler(small, layers)
         bilinear = F.interpolate(layers[-1], size=teacher.shape[2:], mode="bilinear")
-        errors = {}
+        errors, components = {}, principal_components(teacher)
         for row, x in (("bilinear", bilinear), ("brixel", student)):
-            _, terms = brixel_loss(x, teacher, lambda_cosine=1)
+            _, terms = brixel_loss(x, teacher, lambda_cosine=1, components=components)
             terms["cosine"] = 1 - terms["cosine"]
             errors |= {f"{row} {term}": value.item() for term, value in terms.items()}
         photos.append((image.shape[-1], errors))
