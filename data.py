@@ -268,14 +268,14 @@ class Skipped:
         if self.said or samples == self.counts[""]:
             return []
         self.said, percent = True, 100 - 100 * self.counts[""] / samples
-        return [f"{percent:.3g} % of the first {samples:,} samples met a photo that cannot be used, and took another one"]
+        return [f"{percent:.3g} % of the first {samples:,} samples met a photo that cannot be used"]
 
 
 class Samples(Sampler):
     """Items of Photos, (number of the crop, position, side), for a range of samples; each depends on its number alone.
 
-    Batches take the S sides in turns.  Without cache_crops, sample n is crop n.  With it, a crop is drawn again and again
-    at the side and the place in a batch that it has without: it always comes to the same process, however many there are.
+    Batches take the S sides in turns.  Without cache_crops, sample n is crop n.  With it, a crop is drawn again and
+    again, at the side and the place in a batch that it has without: so it always comes to the same process.
     Raises: DataError if there are fewer crops than sides and places.
     """
     def __init__(self, cfg, n_photos, samples):
@@ -283,8 +283,8 @@ class Samples(Sampler):
         self.n_photos, self.samples, self.cache_crops, self.orders = n_photos, samples, cfg.cache_crops, {}
         self.places = len(self.sides) * cfg.batch_size
         if 0 < cfg.cache_crops < self.places:
-            raise DataError(f"--cache_crops {cfg.cache_crops} must be {self.places} or more, the product of --batch_size "
-                            "and the number of sizes (--teacher_size)")
+            raise DataError(f"--cache_crops {cfg.cache_crops} must be {self.places} or more, the product of "
+                            "--batch_size and the number of sizes (--teacher_size)")
 
     def __len__(self):
         return len(self.samples)
