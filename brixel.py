@@ -89,7 +89,7 @@ BACKBONES["dinov3"] = BACKBONES["dinov3_vitb16"]
 
 
 def nearest_side(side, patch_size):
-    """The multiple of patch_size nearest to `side` pixels, 32 or more."""
+    """The multiple of patch_size nearest to `side`, and at least 32 pixels."""
     smallest = math.ceil(32 / patch_size)
     return max(smallest, int(side / patch_size + 0.5)) * patch_size
 
@@ -242,6 +242,15 @@ def check_tokens(backbone):
     backbone.fingerprint = [round(x, 4) for x in last.flatten()[::last.numel() // 8][:8].tolist()]
 
 
+def find_backbone(name):
+    """An alias or SOURCE:NAME -> source, name there.   Raises: BrixelError for an unknown one."""
+    source, _, model_name = BACKBONES.get(name, name).partition(":")
+    if source not in ("timm", "open_clip", "hf", "sample") or not model_name:
+        raise BrixelError(f"unknown backbone {name!r}; known: {', '.join(sorted(BACKBONES))}, and timm:NAME, "
+                          "open_clip:NAME/TAG, hf:NAME_OR_FOLDER")
+    return source, model_name
+
+
 def load_backbone(name, weights="pretrained"):
     """The frozen backbone `name`: a key of BACKBONES, or timm:NAME, open_clip:NAME/TAG or hf:NAME_OR_FOLDER.
 
@@ -251,10 +260,7 @@ def load_backbone(name, weights="pretrained"):
     """
     name = "dinov3_vitb16" if name == "dinov3" else name           # one name for one model, so that checkpoints agree
     weights = str(weights or "none")
-    source, _, model_name = BACKBONES.get(name, name).partition(":")
-    if source not in ("timm", "open_clip", "hf", "sample") or not model_name:
-        raise BrixelError(f"unknown backbone {name!r}; known: {', '.join(sorted(BACKBONES))}, and timm:NAME, "
-                          "open_clip:NAME/TAG, hf:NAME_OR_FOLDER")
+    source, model_name = find_backbone(name)
     problem = f"cannot load backbone {name} with weights {weights} (a file will do; backbone sample needs no hub)"
     with torch.random.fork_rng(devices=[]), one_sentence(problem):
         torch.default_generator.manual_seed(0)     # random weights are the same at every call
@@ -533,13 +539,13 @@ class Brixel(nn.Module):
             image = ImageOps.exif_transpose(image)
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        short, p = min(image.size), self.settings["patch_size"]
-        if isinstance(size, (tuple, list)):
-            H, W = size
-        elif (size or short) < 32:
-            raise BrixelError(f"a short side of {size or short} pixels is too small: size must be 32 or more")
-        else:
-            W, H = (nearest_side(side * (size or short) / short, p) for side in image.size)
+        size, p = size or min(image.size), self.settings["patch_size"]
+        sides = tuple(size) if isinstance(size, (tuple, list)) and len(size) == 2 else (size,)
+        if not all(hasattr(side, "__index__") and side >= 32 for side in sides):
+            raise BrixelError(f"size {size} must be a short side of 32 pixels or more, or such a (height, width)")
+        if len(sides) == 1:
+            sides = [nearest_side(side * size / min(image.size), p) for side in reversed(image.size)]
+        H, W = sides
         x = pil_to_tensor(image.convert("RGB").resize((W, H), Image.Resampling.BICUBIC))[None]
         x = normalize(x, self.backbone).to(next(self.upsampler.parameters()))
         check_image(x, p)
@@ -579,7 +585,7 @@ def principal_components(teacher, k=8, accelerator=None):
     mean = add_up(tokens.sum(0)) / count                                               # (C,)
     tokens = tokens - mean
     covariance = add_up(tokens.T @ tokens) / count                                     # (C, C)
-    # nan_to_num: a teacher that is not finite shall show as a loss that is not, not as an exception
+    # nan_to_num: a teacher that is not finite must give a loss that is not, which train() skips; svd would raise
     covariance = covariance.nan_to_num(0, 0, 0)
     with torch.random.fork_rng(devices=[teacher.device] if teacher.is_cuda else []):
         torch.manual_seed(0)                       # svd_lowrank starts from random directions
@@ -743,15 +749,16 @@ def train(cfg):
                 else:
                     small, layers, teacher = frozen_pass(image, backbone, cfg.scale, accelerator)
                 student = upsampler(small, layers)
-                loss, terms = brixel_loss(student, teacher, cfg.lambda_edge, cfg.lambda_spectral, cfg.lambda_cosine,
-                                          cfg.k, accelerator)
+                loss, terms = brixel_loss(student, teacher, lambda_edge=cfg.lambda_edge, k=cfg.k, accelerator=accelerator,
+                                          lambda_spectral=cfg.lambda_spectral, lambda_cosine=cfg.lambda_cosine)
                 accelerator.backward(loss)
             run.add_batch({"loss": loss, **terms}, skipped)
             if not accelerator.sync_gradients:     # of grad_accum batches this was not the last
                 continue
 
             lr = lr_at(run.step, cfg, run.steps_per_epoch)
-            run.add_step(optimizer_step(upsampler, run.optimizers, lr), lr)
+            finite = optimizer_step(upsampler, run.optimizers, lr)
+            run.add_step(finite, lr)
             run.save_and_evaluate(stop_asked())
             if run.stopped:
                 break
@@ -769,7 +776,7 @@ def evaluate(model, val_loader, accelerator):
     """
     from accelerate.utils import gather_object, tqdm
 
-    photos, rows = [], []                          # (side, errors) of each photo; pictures
+    photos, rows, training = [], [], model.training        # (side, errors) of each photo; pictures
     model.eval()
     for _, image in tqdm(val_loader, desc="evaluating", leave=False):
         if not len(image):
@@ -786,7 +793,7 @@ def evaluate(model, val_loader, accelerator):
         photos.append((image.shape[-1], errors))
         if len(rows) < 4:
             rows.append([image[0].permute(1, 2, 0).numpy(), *pca_rgb(layers[-1], bilinear, student, teacher)])
-    model.train()
+    model.train(training)
     photos, means = gather_object(photos), {}      # of all processes
     sides = sorted({side for side, _ in photos})
     for side in sides:
@@ -871,7 +878,7 @@ def stop_requests():
     """
     came = {}                                      # number of a signal: when it first came
     launched = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_DYNAMO_MODE" in os.environ
-    launcher = os.getppid() if launched else None  # SIGUSR1 ends torchrun, SIGTERM accelerate's, and only the launcher
+    launcher = os.getppid() if launched else None  # SIGUSR1 ends torchrun, SIGTERM accelerate's, without reaching us
 
     def ask(number, frame):
         if number == signal.SIGINT and time.time() - came.get(number, math.inf) > 1:
@@ -895,14 +902,14 @@ def ignore_signals(worker_id):
 
 
 def end_workers():
-    """At exit: kill workers that the traceback of an error still holds; they ignore multiprocessing's SIGTERM."""
+    """At exit: kill workers that are still alive because an error's traceback holds the loader; they ignore SIGTERM."""
     for process in multiprocessing.active_children():
         if process.daemon:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)         # torch would call it an error
             process.kill()
 
 
-# What makes a run what it is: with another of these --resume would be another run.
+# What makes a run what it is: --resume refuses if one of these has changed.
 SAME_RUN = ("backbone", "scale", "width", "skip", "stem_width", "full_rank", "optimizer", "seed", "n_photos",
             "val_share", "cache_crops", "batch_size", "grad_accum")
 
@@ -918,7 +925,7 @@ class Run:
 
         self.cfg, self.step, self.maps_of, self.changes = cfg, 0, {}, []
         self.stopped, self.bad = False, 0          # bad: steps in a row that were not finite
-        in_folder = cfg.out.endswith(("/", os.sep)) or os.path.isdir(cfg.out)
+        in_folder = not cfg.out or cfg.out.endswith(("/", os.sep)) or os.path.isdir(cfg.out)
         self.out = Path(cfg.out, "out.pt") if in_folder else Path(cfg.out)
         endings = ".state", ".jsonl", ".png", ".tensorboard"
         self.state_file, self.log_file, self.picture, self.board = map(self.out.with_suffix, endings)
@@ -973,7 +980,8 @@ class Run:
         files = self.out, self.state_file, self.log_file, self.picture, self.board
         there = [str(path) for path in files if path.exists()]
         if there and not (self.cfg.overwrite or self.cfg.resume):
-            raise BrixelError(f"{', '.join(there)} exist: add --resume or --overwrite, or choose another --out")
+            raise BrixelError(f"there is a run already ({', '.join(there)}): add --resume or --overwrite, or choose "
+                              "another --out")
 
     def check_sizes(self, patch_size):
         """Raise BrixelError if a teacher_size is no multiple of scale x patch size."""
@@ -1015,8 +1023,10 @@ class Run:
                 fcntl.lockf(self.log_lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise taken from None
+        for path in (self.out, self.state_file, self.picture) if self.cfg.overwrite else ():
+            if path.is_file():
+                path.unlink()
         if self.cfg.overwrite:
-            self.state_file.unlink(missing_ok=True)
             shutil.rmtree(self.board, ignore_errors=True)
         end = length = 0                           # of the part that stays, in bytes
         self.log_lines.seek(0)
@@ -1070,7 +1080,7 @@ class Run:
             raise BrixelError(f"loss or gradients of ten steps, to step {self.step}, are not finite: go on from "
                               "the last checkpoint with --resume and a lower --lr, or --mixed_precision no")
         rate = self.images / (time.time() - self.clock)
-        if self.step == self.first + 10 and torch.cuda.is_available():
+        if self.step == self.first + 10 and self.accelerator.device.type == "cuda":
             memory, hours = torch.cuda.max_memory_allocated() / 1e9, self.cfg.max_steps * self.per_step / rate / 3600
             self.accelerator.print(f"\n{rate:.3g} images/s, at most {memory:.3g} GB of a GPU, {hours:.2g} hours in all")
         if self.step % self.cfg.log_every == 0 or self.step == self.cfg.max_steps:
@@ -1165,12 +1175,15 @@ def load(path, backbone=None, weights=None):
     if settings is None:
         tensors, settings = from_released(tensors, path)
     trained = settings.get("backbone")
-    name = getattr(backbone, "name", backbone) or trained
+    module = isinstance(backbone, nn.Module)
+    name = (getattr(backbone, "name", "a module without .name") if module else backbone) or trained
     if name is None:
         raise BrixelError(f"{path} is a released checkpoint, which names no backbone: say which one it has (backbone)")
+    if backbone and not module:
+        find_backbone(name)                        # an unknown one is called unknown
     if trained and BACKBONES.get(name, name) != BACKBONES.get(trained, trained) and not name.startswith("hf:"):
         raise BrixelError(f"{path} was trained for backbone {trained}, not for {name}")
-    if not isinstance(backbone, nn.Module):
+    if not module:
         backbone = load_backbone(name, weights or settings.get("weights", "pretrained"))
     with one_sentence(f"{path} does not fit BRIXEL on {backbone.name}"):
         if settings.get("patch_size", backbone.patch_size) != backbone.patch_size:
@@ -1196,7 +1209,7 @@ def checkpoint_file(path):
 
 
 def warn_of_other_weights(path, settings, backbone):
-    """Warn if the backbone's features are not those that the checkpoint at `path`, with these settings, has learned."""
+    """Warn if the backbone gives other features than in the training of the checkpoint at `path`, of these settings."""
     trained, here = settings.get("fingerprint"), getattr(backbone, "fingerprint", None)
     if trained and here and math.dist(trained, here) > 0.01 * math.hypot(*trained):
         print(f"warning: the features of backbone {backbone.name} are not those that {path} was trained with: has it "
@@ -1373,7 +1386,8 @@ def load_config(argv, flag, default, description, path=Path(__file__).with_name(
     with one_sentence(path.name):
         text = path.read_text("utf-8")
         sections = yaml.load(text, Loader)
-        names = [name for name, section in sections.items() if ("max_steps" in section) == (flag == "preset")]
+        probes = {"epochs", "image", "repeats"}    # settings of probe.py's tasks alone
+        names = [name for name, section in sections.items() if bool(probes & set(section)) == (flag == "task")]
     chooser = Parser(allow_abbrev=False, add_help=False)
     about = dict(re.findall(r"^(\w+):.*?\s# (.*)", text, re.M))
     choices = "; ".join(f"{name}: {about.get(name, 'as in config.yaml')}" for name in names)

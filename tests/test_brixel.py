@@ -73,8 +73,10 @@ def test_preprocess_normalizes_turns_and_ignores_exif_that_cannot_be_parsed_and_
     clear = trained().preprocess(Image.new("RGBA", (32, 32), (0, 0, 0, 0)))
     assert clear.unique().tolist() == [2]                          # white
     good, bad = Image.new("RGB", (90, 60)), Image.new("I;16", (90, 60))
-    for image, size, words in ((bad, 64, "not one of mode I;16"), ("a.jpg", 64, "not str"), (torch.zeros(3, 64, 64), 64, "not Tensor"),
-                               (good, 31, "31 pixels"), (good, -5, "-5 pixels"), (good, (64, 65), "64 x 64")):
+    for image, size, words in (
+            (bad, 64, "not one of mode I;16"), ("a.jpg", 64, "not str"), (torch.zeros(3, 64, 64), 64, "not Tensor"),
+            (good, 31, "size 31"), (good, -5, "size -5"), (good, (64, 65), "64 x 64"), (good, "64", "size 64"),
+            (good, (64.0, 0), "size .64.0, 0")):
         with pytest.raises(BrixelError, match=words):
             trained().preprocess(image, size)
 
@@ -177,7 +179,7 @@ def test_checkpoint_follows_its_backbone_to_another_place_and_warns_of_other_wei
     assert re.search("^warning: .*other are not those that .*out.pt was trained with", capsys.readouterr().err, re.M)
     trained().save(tmp_path / "toy.pt")
     for file, backbone, words in ((out, None, "backbone hf:.*job1/vit"), (out, "timm:test_vit", "not for timm:test_vit"),
-                                  (out, "timmy", "trained for .*, not for timmy"),
+                                  (out, "timmy", "unknown backbone 'timmy'"), (out, nn.Linear(1, 1), "without .name"),
                                   (tmp_path / "toy.pt", Toy(embed_dim=96), "toy.pt .*toy"),
                                   (tmp_path / "toy.pt", Toy(patch_size=14), "toy.pt .*toy")):
         with pytest.raises(BrixelError, match=words):
