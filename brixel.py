@@ -749,8 +749,9 @@ def train(cfg):
                 else:
                     small, layers, teacher = frozen_pass(image, backbone, cfg.scale, accelerator)
                 student = upsampler(small, layers)
-                loss, terms = brixel_loss(student, teacher, lambda_edge=cfg.lambda_edge, k=cfg.k, accelerator=accelerator,
-                                          lambda_spectral=cfg.lambda_spectral, lambda_cosine=cfg.lambda_cosine)
+                loss, terms = brixel_loss(student, teacher, lambda_edge=cfg.lambda_edge,
+                                          lambda_spectral=cfg.lambda_spectral, lambda_cosine=cfg.lambda_cosine,
+                                          k=cfg.k, accelerator=accelerator)
                 accelerator.backward(loss)
             run.add_batch({"loss": loss, **terms}, skipped)
             if not accelerator.sync_gradients:     # of grad_accum batches this was not the last

@@ -14,6 +14,7 @@ import contextlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -270,7 +271,8 @@ class Features:
         passes = 1 if "features" in self.kept else epochs          # of the network
         computing, reading = milliseconds([partial(self.extract, pixels), partial(images.__getitem__, 0)], repeats=1)
         ms = passes * computing / len(pixels) + (1 if self.kept else epochs) * reading / max(1, cfg.num_workers)
-        often, takes = f"{passes} times" if passes > 1 else "once", duration(n / acc.num_processes * ms / 1000)
+        often, minutes = f"{passes} times" if passes > 1 else "once", n / acc.num_processes * ms / 6e4
+        takes = f"{minutes:.0f} minutes" if minutes > 1.5 else f"{math.ceil(60 * minutes)} seconds"
         acc.print(f"  {n:,} {images.split} images; kept on the {place}: {what} ({nbytes / 1e6:,.0f} MB); features are "
                   f"computed {often}, which takes about {takes}")
         loading = {"num_workers": cfg.num_workers, "pin_memory": acc.device.type == "cuda"}
@@ -486,13 +488,6 @@ def deviations(cfg, splits, backbone):
     if min(photo.size) < splits[1].scale * max(cfg.size):
         notes.append(f"photos are enlarged (the first has {photo.width} x {photo.height} pixels)")
     return notes
-
-
-def duration(seconds):
-    """Seconds as a person says them: "40 seconds", "12 minutes", "2.8 hours"."""
-    if seconds < 90:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.2g} hours"
 
 
 def print_table(rows):
