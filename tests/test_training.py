@@ -326,11 +326,13 @@ def test_launched_run_on_untidy_photos_whose_pictures_cannot_be_drawn_leaves_che
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS"])
-def test_several_processes_that_would_each_run_alone_are_refused(in_process, photos, benchmarks, monkeypatch, name):
+def test_several_processes_that_would_each_run_alone_are_refused(
+        in_process, photos, benchmarks, monkeypatch, fresh_accelerate, name):
     """Some versions of accelerate miss the address of the first process themselves; they also write to os.environ."""
     monkeypatch.setattr("os.environ", {**os.environ, name: "2"})
     sentence = f"error: (2 processes were started .{name}.*accelerate launch|Accelerate cannot start: .*MASTER_ADDR)"
     assert re.search(sentence, error_of(in_process, *FAST, "--data_dir", photos))
+    fresh_accelerate()
     assert re.search(sentence, error_of(probe.main, [*TINY, *"--task ade20k --size 32 --num_workers 0".split()]))
     assert not [*benchmarks.glob("out*")]
 
