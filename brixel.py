@@ -926,8 +926,7 @@ class Run:
 
         self.cfg, self.step, self.maps_of, self.changes = cfg, 0, {}, []
         self.stopped, self.bad = False, 0          # bad: steps in a row that were not finite
-        in_folder = not cfg.out or cfg.out.endswith(("/", os.sep)) or os.path.isdir(cfg.out)
-        self.out = Path(cfg.out, "out.pt") if in_folder else Path(cfg.out)
+        self.out = file_in(cfg.out or ".", "out.pt")
         endings = ".state", ".jsonl", ".png", ".tensorboard"
         self.state_file, self.log_file, self.picture, self.board = map(self.out.with_suffix, endings)
         self.check_files()
@@ -1024,10 +1023,9 @@ class Run:
                 fcntl.lockf(self.log_lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise taken from None
-        for path in (self.out, self.state_file, self.picture) if self.cfg.overwrite else ():
-            if path.is_file():
-                path.unlink()
         if self.cfg.overwrite:
+            for path in filter(Path.is_file, (self.out, self.state_file, self.picture)):
+                path.unlink()
             shutil.rmtree(self.board, ignore_errors=True)
         end = length = 0                           # of the part that stays, in bytes
         self.log_lines.seek(0)
@@ -1320,6 +1318,11 @@ def write_panel(path, titles, rows, inches=2.6):
         figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.05)
 
 
+def file_in(path, name):
+    """`path`, or the file `name` in it if it is a folder, as "results/" is."""
+    return Path(path, name) if path.endswith(("/", os.sep)) or os.path.isdir(path) else Path(path)
+
+
 def check_writable(path, flag="--out"):
     """Raise BrixelError early if the folder of `path`, which `flag` gives, is missing or read-only."""
     folder = Path(os.path.realpath(path)).parent
@@ -1464,8 +1467,8 @@ def command_line(program):
     except KeyboardInterrupt:        # within the training loop a first one saves the state
         sys.exit(f"{program}: stopped")
     except Exception as error:
-        from data import DataError
-        mistake = isinstance(error, BrixelError | DataError | OSError | MemoryError | torch.OutOfMemoryError)
+        data_error = getattr(sys.modules.get("data"), "DataError", BrixelError)         # there may be no data.py
+        mistake = isinstance(error, BrixelError | data_error | OSError | MemoryError | torch.OutOfMemoryError)
         remedy = next((remedy for pattern, remedy in REMEDIES.items() if re.search(pattern, str(error))), "")
         if not (mistake or remedy) or os.environ.get("BRIXEL_DEBUG"):
             raise

@@ -420,8 +420,7 @@ def run_row(cfg, acc, size, model, scale, backbone):
 def run_benchmark(cfg):
     """Train and score the probes of one benchmark.  Files are written after each row: a later failure loses none."""
     ckpt = cfg.ckpt if Path(cfg.ckpt).is_file() else "out"
-    folder = cfg.out.endswith("/") or os.path.isdir(cfg.out)
-    out = os.path.join(cfg.out, os.path.basename(ckpt)) if folder else cfg.out or ckpt
+    out = str(brixel.file_in(cfg.out, os.path.basename(ckpt))) if cfg.out else ckpt
     stem = re.sub(r"\.(pt|pth|safetensors)$", "", out) + f".{cfg.task}"
     brixel.check_writable(stem)
     files = [Path(f"{stem}.{ending}") for ending in ("json", "png", "size.png")]
@@ -431,7 +430,7 @@ def run_benchmark(cfg):
     if min(cfg.size) < 1 or len(cfg.color_jitter) != 4 or cfg.color_jitter[3] > 0.5:
         raise DataError("--size must be 1 or more, --color_jitter four numbers, the last, of the hue, at most 0.5")
     check_workers(cfg.num_workers)
-    acc = brixel.make_accelerator()           # of the readout; Features has its own
+    acc = brixel.make_accelerator()                                # of the readout; Features has its own precision
     for split in ("train", "val"):                                 # tells of a wrong folder before a download
         smallest_batch = min(len(read_split(cfg, split, 1)), (cfg.batch_size + 1) // 2)
         if smallest_batch < acc.num_processes:

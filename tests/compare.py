@@ -28,7 +28,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def side_of_same_cost(size, patch_size):
     """Side, in pixels, at which the ViT alone costs about what it costs at `size` with BRIXEL."""
-    return int(1.375 * size / patch_size + 0.5) * patch_size
+    return brixel.nearest_side(1.375 * size, patch_size)
 
 
 def make_rows(args):

@@ -72,10 +72,9 @@ def fresh_accelerate():
 
 
 @pytest.fixture
-def in_process(fresh_accelerate, monkeypatch):
+def in_process(fresh_accelerate):
     """in_process(*args): brixel.main in this process, on one thread: two on a busy machine take longer."""
     import brixel
-    monkeypatch.setattr("data.usable_cores", lambda: 1)
     torch.set_num_threads(1)
 
     def run(*args):
